@@ -1,0 +1,50 @@
+"""subquad: every linear-time rival of the Transformer is a row of one table, one engine runs them all.
+
+    import subquad
+
+    o, state = subquad.linear_recurrence(q, k, v, log_decay=g, erase=subquad.Delta(beta))
+    y, state = subquad.mixers.GatedDeltaNet(hidden_size=1024, num_heads=8)(x)
+    model = subquad.SubquadForCausalLM(subquad.SubquadConfig(mixer="gated_deltanet"))
+
+Names are imported when first used, so `import subquad` costs no more than `import torch`.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it. A submodule stands for itself.
+_EXPORTS = {
+    "linear_recurrence": "subquad.recurrence",
+    "Delta": "subquad.recurrence",
+    "LowRank": "subquad.recurrence",
+    "Recurrence": "subquad.recurrence",
+    "explain": "subquad.recurrence",
+    "selective_scan": "subquad.recurrence",
+    "diagonal_ssm": "subquad.recurrence",
+    "short_convolution": "subquad.recurrence",
+    "ROWS": "subquad.recurrence",
+    "SubquadCache": "subquad.models",
+    "SubquadConfig": "subquad.models",
+    "SubquadForCausalLM": "subquad.models",
+    "SubquadModel": "subquad.models",
+}
+_SUBMODULES = ("recurrence", "mixers", "models", "train", "generate", "arena")
+
+__all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    elif name in _SUBMODULES:
+        value = importlib.import_module(f"subquad.{name}")
+    else:
+        raise AttributeError(f"module 'subquad' has no attribute {name!r}; it has {__all__}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
