@@ -1,0 +1,159 @@
+"""The causal depthwise short convolution on the CPU: float32, SiLU fused in, one pass each way.
+
+    M tokens of all sequences   S sequences   D channels   W taps
+
+A token reads its own input and the W-1 before it; the first W-1 tokens of a sequence read the rest
+from its state. The backward pass recomputes what it needs from the inputs and saves nothing else.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from subquad.kernels.cpu import jit, over_channels, rows, sequence_bounds, sigmoid
+
+BLOCK = 256  # channels a step: the W + 2 rows in play stay in the first-level cache
+FLUSH = 128  # tokens summed into float32 partial sums before these join the total
+
+
+@jit
+def _source(x, stride, state, s, W, low, p, first, last):
+    """Channels first:last of the input at position p, which may lie before the sequence."""
+    if p >= low:
+        return x[p * stride + first : p * stride + last]
+    return state[s, p - low + W - 1, first:last]
+
+
+@jit
+def _forward(x, stride, weight, bias, state, bounds, silu, y, start, stop):
+    """y [M,D] from x (flat rows), weight [W,D], bias [D], state [S,W-1,D]; channels start:stop."""
+    W = weight.shape[0]
+    for first in range(start, stop, BLOCK):
+        last = min(first + BLOCK, stop)
+        for s in range(bounds.size - 1):
+            low = bounds[s]
+            for t in range(low, bounds[s + 1]):
+                out = y[t, first:last]
+                out[:] = bias[first:last]
+                for w in range(W):
+                    source = _source(x, stride, state, s, W, low, t - W + 1 + w, first, last)
+                    tap = weight[w, first:last]
+                    for j in range(out.size):
+                        out[j] += tap[j] * source[j]
+                if silu:
+                    for j in range(out.size):
+                        out[j] *= sigmoid(out[j])
+
+
+@jit
+def _pre_activation_gradient(x, stride, weight, bias, state, s, low, t, first, last, d):
+    """Turn d, the gradient of SiLU's output at token t, into that of its input."""
+    W = weight.shape[0]
+    z = bias[first:last].copy()
+    for w in range(W):
+        source = _source(x, stride, state, s, W, low, t - W + 1 + w, first, last)
+        tap = weight[w, first:last]
+        for j in range(d.size):
+            z[j] += tap[j] * source[j]
+    for j in range(d.size):
+        g = sigmoid(z[j])
+        d[j] *= g * (np.float32(1.0) + z[j] * (np.float32(1.0) - g))
+
+
+@jit
+def _backward(
+    x,
+    stride,
+    weight,
+    bias,
+    state,
+    bounds,
+    silu,  # as in the forward pass
+    dy,
+    dy_stride,
+    dx,
+    dweight,
+    dbias,
+    dstate,
+    start,
+    stop,
+):
+    """Gradients of x, weight, bias and state (all given as zeros) from that of y."""
+    W = weight.shape[0]
+    for first in range(start, stop, BLOCK):
+        last = min(first + BLOCK, stop)
+        part = np.zeros((W + 1, last - first), np.float32)  # of weight's taps, then of bias
+        since_flush = 0
+        for s in range(bounds.size - 1):
+            low = bounds[s]
+            for t in range(low, bounds[s + 1]):
+                d = dy[t * dy_stride + first : t * dy_stride + last].copy()
+                if silu:
+                    _pre_activation_gradient(
+                        x, stride, weight, bias, state, s, low, t, first, last, d
+                    )
+                for w in range(W):
+                    p = t - W + 1 + w
+                    source = _source(x, stride, state, s, W, low, p, first, last)
+                    past = p - low + W - 1
+                    target = dx[p, first:last] if p >= low else dstate[s, past, first:last]
+                    tap = weight[w, first:last]
+                    total = part[w]
+                    for j in range(d.size):
+                        target[j] += tap[j] * d[j]
+                        total[j] += source[j] * d[j]
+                for j in range(d.size):
+                    part[W, j] += d[j]
+                since_flush += 1
+                if since_flush == FLUSH or t == bounds[-1] - 1:
+                    dweight[:, first:last] += part[:W]
+                    dbias[first:last] += part[W]
+                    part[:] = np.float32(0.0)
+                    since_flush = 0
+
+
+def _prepare(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, cu_seqlens: Tensor | None
+):
+    B, T, D = x.shape
+    taps = weight.detach().t().contiguous().numpy()  # [W,D]
+    offset = np.zeros(D, np.float32) if bias is None else bias.detach().contiguous().numpy()
+    past = state.detach().contiguous().numpy()
+    return *rows(x), taps, offset, past, sequence_bounds(B, T, cu_seqlens)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+) -> Tensor:
+    """y [B,T,D] of x [B,T,D], weight [D,W], bias [D], state [S,W-1,D], all float32."""
+    y = torch.empty(x.shape, dtype=torch.float32)
+    inputs = _prepare(x, weight, bias, state, cu_seqlens)
+    over_channels(_forward, x.shape[2], x.numel(), *inputs, silu, y.view(-1, x.shape[2]).numpy())
+    return y
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x [B,T,D], weight [D,W], bias [D] and state [S,W-1,D] from that of y."""
+    D = x.shape[2]
+    dx, dtaps = torch.zeros(x.shape), torch.zeros(weight.shape[1], D)
+    dbias, dstate = torch.zeros(D), torch.zeros(state.shape)
+    inputs = _prepare(x, weight, bias, state, cu_seqlens)
+    outputs = (g.numpy() for g in (dx.view(-1, D), dtaps, dbias, dstate))
+    over_channels(_backward, D, x.numel(), *inputs, silu, *rows(dy), *outputs)
+    return dx, dtaps.t().contiguous(), dbias, dstate
