@@ -3,10 +3,9 @@
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from subquad.recurrence.validate import check_cu_seqlens
+from subquad.recurrence.validate import check_cu_seqlens, check_tensor, fail
 
 State = dict[str, Tensor]
 """What a mixer remembers of a sequence: tensors by name, each with the batch's rows (or, when
@@ -29,7 +28,7 @@ class Mixer(nn.Module, ABC):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         if not isinstance(hidden_size, int) or hidden_size < 1:
-            raise ValueError(f"hidden_size: got {hidden_size!r}; expected a positive integer")
+            raise fail("hidden_size", repr(hidden_size), "a positive integer", "give the width of x")
         self.hidden_size = hidden_size
 
     @abstractmethod
@@ -54,58 +53,43 @@ class Mixer(nn.Module, ABC):
         """
 
     def reset_parameters(self) -> None:
-        """Draw every parameter anew, as published. Here: each child's own standard start."""
+        """Draw every parameter anew, as published.
+
+        Here: projections normal with deviation 0.02 and no bias (Radford et al. 2019, GPT-2, and
+        most layers since); the other children as they start themselves.
+        """
         for child in self.children():
-            if hasattr(child, "reset_parameters"):
+            if isinstance(child, nn.Linear):
+                nn.init.normal_(child.weight, std=0.02)
+                if child.bias is not None:
+                    nn.init.zeros_(child.bias)
+            elif hasattr(child, "reset_parameters"):
                 child.reset_parameters()
 
     def check_inputs(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> State:
         """Raise ValueError for inputs that do not fit; give the state back, {} for a fresh start."""
-        if x.ndim != 3 or x.shape[2] != self.hidden_size or x.shape[1] < 1:
-            raise ValueError(
-                f"x: got shape {tuple(x.shape)}; expected [B, T, {self.hidden_size}] with T >= 1"
-            )
-        rows = x.shape[0]
+        layout = f"[B, T, {self.hidden_size}] with T >= 1"
+        check_tensor("x", x, 3, layout)
+        rows, T, width = x.shape
+        if width != self.hidden_size or T < 1:
+            raise fail("x", f"shape {tuple(x.shape)}", layout, "give hidden_size the width of x")
         if cu_seqlens is not None:
-            check_cu_seqlens(cu_seqlens, x.shape[1], rows)
-            rows = cu_seqlens.shape[0] - 1
+            rows = check_cu_seqlens(cu_seqlens, T, rows, like=x)
         if state is None:
             return {}
         if state.keys() != set(self.state_names):
-            raise ValueError(
-                f"state: got the entries {sorted(state)}; a {type(self).__name__} expects "
-                f"{sorted(self.state_names)}; pass what it returned, or None to start afresh"
-            )
+            expected = f"the entries {sorted(self.state_names)} of a {type(self).__name__}"
+            raise fail("state", sorted(state), expected, "pass what it returned, or None")
         for name, tensor in state.items():
             if tensor.shape[0] != rows:
-                raise ValueError(
-                    f"state[{name!r}]: got {tensor.shape[0]} rows; expected {rows}, one for each "
-                    + ("row of x" if cu_seqlens is None else "sequence in cu_seqlens")
-                )
+                expected = f"{rows}, one for each row of x (or sequence in cu_seqlens)"
+                raise fail(f"state[{name!r}]", f"{tensor.shape[0]} rows", expected, "reorder it as x")
         return state
 
 
 def divide(total: int, parts: int, total_name: str, parts_name: str) -> int:
     """`total / parts`, or a ValueError that names both when it is not a whole number."""
     if parts < 1 or total % parts:
-        raise ValueError(
-            f"{parts_name}: got {parts}; expected a positive divisor of {total_name} = {total}"
-        )
+        expected = f"a positive divisor of {total_name} = {total}"
+        raise fail(parts_name, parts, expected, f"change it or {total_name}")
     return total // parts
-
-
-def set_(parameter: nn.Parameter, value: Tensor) -> None:
-    """Fill a parameter that `torch.nn.init` has no formula for.
-
-    While it loads a checkpoint transformers marks what it has loaded and makes `torch.nn.init`
-    skip it; whatever is set by other means must look at the mark itself.
-    """
-    if not getattr(parameter, "_is_hf_initialized", False):
-        with torch.no_grad():
-            parameter.copy_(value)
-
-
-def no_weight_decay(parameter: nn.Parameter) -> nn.Parameter:
-    """Mark a parameter (a decay, a bias, a skip) that an optimiser should not pull to zero."""
-    parameter._no_weight_decay = True  # type: ignore[attr-defined]
-    return parameter
