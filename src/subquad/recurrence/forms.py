@@ -1,0 +1,169 @@
+"""The chunked form of the matrix recurrence: matrix products only, equal to `reference.loop`.
+
+Inside a chunk of C tokens all pairs meet at once, as in attention; between chunks only the state
+travels. With C >= T it is the parallel (quadratic) form, so the two are one function.
+
+Without erasing (GLA, Yang et al. 2024, section 4; SSD, Dao and Gu 2024, section 6):
+
+    O = tril(Q K^T . decay) V + (Q . decay) S        S <- decay . S + (K . decay)^T V
+
+With erasing each token writes from what it has itself read, X, so that reads in a chunk depend on
+each other through a unit lower triangular matrix L, solved once for all chunks at the same time
+(the WY form: DeltaNet, Yang et al. 2024, section 3):
+
+    X = U - W S,  U = L^{-1} base,  W = L^{-1} reader        S <- decay . S + ... + (B . decay)^T X
+
+    delta rule   X_t = v_t - k_t^T S'        L = I + strict(K K^T . decay) diag(beta)
+    low rank     X_t = a_t^T S_{t-1}         L = I - strict(A B^T . decay)
+
+Shapes: q, k [B,Hk,1,N,C,K], v [B,Hk,G,N,C,V], see decay.py.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from subquad.recurrence.decay import Decay, HeadDecay, KeyDecay, NoDecay, shared_matmul
+from subquad.recurrence.grid import Grid
+from subquad.recurrence.reference import Delta, Erase, LowRank
+
+CHUNKS_AT_ONCE = 64  # bounds the memory of a long sequence where no gradient is kept
+
+
+def chunked(
+    q: Tensor,  # [B,T,Hk,K], scaled already
+    k: Tensor,  # [B,T,Hk,K]
+    v: Tensor,  # [B,T,H,V]
+    log_decay: Tensor | None,  # None | [H] | [H,K] | [B,T,H] | [B,T,H,K]
+    erase: Erase,
+    bonus: Tensor | None,  # [H,K]
+    state: Tensor,  # [B,H,K,V], or [N,H,K,V] for N packed sequences
+    cu_seqlens: Tensor | None,
+    chunk: int,  # a power of two
+) -> tuple[Tensor, Tensor]:
+    """All tokens, `chunk` at a time. Returns o [B,T,H,V] and the final state [B|N,H,K,V]."""
+    Hk = k.shape[2]
+    grid = Grid.of(q.shape[1], chunk, cu_seqlens)
+    q, k, v = grid.cut(q, Hk), grid.cut(k, Hk), grid.cut(v, Hk)
+    g = _cut_decay(log_decay, grid, Hk)
+    beta = grid.cut(erase.beta.unsqueeze(-1), Hk) if isinstance(erase, Delta) else None
+    a = grid.cut(erase.a, Hk) if isinstance(erase, LowRank) else None
+    b = grid.cut(erase.b, Hk) if isinstance(erase, LowRank) else None
+    if bonus is not None:
+        bonus = bonus.unflatten(0, (Hk, -1))[None, :, :, None, None]  # [1,Hk,G,1,1,K]
+    initial = state.unflatten(1, (Hk, -1))  # [B|N,Hk,G,K,V]
+
+    S = initial if cu_seqlens is None else initial[:1]
+    outputs, ends = [], []
+    for begin in range(0, grid.N, CHUNKS_AT_ONCE):
+        cut = slice(begin, begin + CHUNKS_AT_ONCE)
+        qn, kn, vn, gn = q[:, :, :, cut], k[:, :, :, cut], v[:, :, :, cut], _at(g, cut)
+        decay = NoDecay() if gn is None else _decay(gn)
+        if erase is None:
+            inside = _without_erase(qn, kn, vn, decay, bonus)
+        elif beta is not None:
+            inside = _with_delta(qn, kn, vn, beta[:, :, :, cut], decay)
+        else:
+            inside = _with_low_rank(qn, kn, vn, _at(a, cut), _at(b, cut), decay)
+
+        starts, reads = [], []
+        for n in range(qn.shape[3]):
+            S = grid.enter(S, initial, begin + n)
+            starts.append(S)
+            S, x = _advance(S, inside, decay, n)
+            reads.append(x)
+            if cu_seqlens is not None:
+                ends.append(S)
+        o = decay.read(qn, torch.stack(starts, 3), own=bonus is None)
+        if inside.o is not None:
+            o = o + inside.o
+        if inside.scores is not None:
+            o = o + shared_matmul(inside.scores, torch.stack(reads, 3))
+        outputs.append(o)
+    o = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 3)
+    final = S if cu_seqlens is None else grid.leave(ends)
+    return grid.join(o), final.flatten(1, 2)
+
+
+class _Inside(NamedTuple):
+    """What chunks do by themselves, before their starting states are known."""
+
+    o: Tensor | None  # [B,Hk,G,N,C,V] what the tokens read from values of their own chunk
+    written: Tensor | None  # [B,Hk,G,N,K,V] what the values leave in the state
+    # With erasing: the reads X = U - W S [..,C,V], who reads them and what they leave.
+    U: Tensor | None = None  # [B,Hk,G,N,C,V]
+    W: Tensor | None = None  # [B,Hk,G,N,C,K]
+    writer: Tensor | None = None  # [B,Hk,G,N,C,K]
+    scores: Tensor | None = None  # [B,Hk,G,N,C,C]
+
+
+def _advance(S: Tensor, inside: _Inside, decay: Decay, n: int) -> tuple[Tensor, Tensor]:
+    """The state [B,Hk,G,K,V] over chunk n, and the reads X of its tokens (or an empty tensor)."""
+    x = S
+    after = decay.carry(S, n)
+    if inside.written is not None:
+        after = after + inside.written[:, :, :, n]
+    if inside.U is not None and inside.W is not None and inside.writer is not None:
+        x = inside.U[:, :, :, n] - inside.W[:, :, :, n] @ S
+        after = after + inside.writer[:, :, :, n].mT @ x
+    return after, x
+
+
+def _without_erase(
+    q: Tensor, k: Tensor, v: Tensor, decay: Decay, bonus: Tensor | None
+) -> _Inside:
+    written = decay.write(k, v)
+    if bonus is None:
+        return _Inside(shared_matmul(decay.scores(q, k, diagonal=True), v), written)
+    # Token t reads before its own decay and write, and itself through the bonus.
+    o = shared_matmul(decay.scores(q, k, diagonal=False, own=False), v)
+    return _Inside(o + (q * bonus * k).sum(-1, keepdim=True) * v, written)
+
+
+def _with_delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Decay) -> _Inside:
+    """beta [B,Hk,G,N,C,1]; writes beta_s X_s, so beta multiplies the columns of every score."""
+    L = decay.scores(k, k, diagonal=False) * beta.mT
+    reader = decay.reader(k).expand(*beta.shape[:-1], -1)
+    U, W = _solve(L, v, reader)
+    scores = decay.scores(q, k, diagonal=True) * beta.mT
+    return _Inside(None, None, U, W, decay.writer(k) * beta, scores)
+
+
+def _with_low_rank(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, decay: Decay
+) -> _Inside:
+    L = -decay.scores(a, b, diagonal=False, own=False)
+    base = shared_matmul(decay.scores(a, k, diagonal=False, own=False), v)
+    U, W = _solve(L, base, -decay.reader(a, own=False))
+    o = shared_matmul(decay.scores(q, k, diagonal=True), v)
+    scores = decay.scores(q, b, diagonal=True)
+    return _Inside(o, decay.write(k, v), U, W, decay.writer(b), scores)
+
+
+def _solve(strict: Tensor, base: Tensor, reader: Tensor) -> tuple[Tensor, Tensor]:
+    """(I + strict)^{-1} applied to base [..,C,V] and reader [..,C,K], by forward substitution."""
+    both = torch.cat([base, reader], -1)
+    solved = torch.linalg.solve_triangular(strict, both, upper=False, unitriangular=True)
+    U, W = solved.split([base.shape[-1], reader.shape[-1]], -1)
+    return U, W
+
+
+def _cut_decay(log_decay: Tensor | None, grid: Grid, Hk: int) -> Tensor | None:
+    """Any decay -> [B|1,Hk,G,N|1,C,D], D = 1 for a number a head, K for a number a key channel."""
+    if log_decay is None:
+        return None
+    if log_decay.ndim % 2:  # [H], [B,T,H]: a number a head
+        log_decay = log_decay.unsqueeze(-1)
+    return grid.cut_fixed(log_decay, Hk) if log_decay.ndim == 2 else grid.cut(log_decay, Hk)
+
+
+def _decay(g: Tensor) -> Decay:
+    return HeadDecay(g.squeeze(-1)) if g.shape[-1] == 1 else KeyDecay(g)
+
+
+def _at(x: Tensor | None, cut: slice) -> Tensor | None:
+    """Some chunks of x; all of it where it is the same for every chunk."""
+    return x if x is None or x.shape[3] == 1 else x[:, :, :, cut]
