@@ -1,4 +1,4 @@
-"""What every mixer is: a module from [B,T,hidden] and a state to [B,T,hidden] and the next state."""
+"""What every mixer is: from [B,T,hidden] and a state to [B,T,hidden] and the next state."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -28,7 +28,7 @@ class Mixer(nn.Module, ABC):
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         if not isinstance(hidden_size, int) or hidden_size < 1:
-            raise fail("hidden_size", repr(hidden_size), "a positive integer", "give the width of x")
+            raise fail("hidden_size", repr(hidden_size), "a positive integer", "pass x's width")
         self.hidden_size = hidden_size
 
     @abstractmethod
@@ -67,7 +67,7 @@ class Mixer(nn.Module, ABC):
                 child.reset_parameters()
 
     def check_inputs(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> State:
-        """Raise ValueError for inputs that do not fit; give the state back, {} for a fresh start."""
+        """Raise ValueError for inputs that do not fit; return the state, {} for a fresh start."""
         layout = f"[B, T, {self.hidden_size}] with T >= 1"
         check_tensor("x", x, 3, layout)
         rows, T, width = x.shape
@@ -83,7 +83,8 @@ class Mixer(nn.Module, ABC):
         for name, tensor in state.items():
             if tensor.shape[0] != rows:
                 expected = f"{rows}, one for each row of x (or sequence in cu_seqlens)"
-                raise fail(f"state[{name!r}]", f"{tensor.shape[0]} rows", expected, "reorder it as x")
+                got = f"{tensor.shape[0]} rows"
+                raise fail(f"state[{name!r}]", got, expected, "select the rows of x")
         return state
 
 

@@ -1,0 +1,195 @@
+"""Softmax attention, over everything or a window: what linear time is measured against.
+
+B batch   T new tokens   S remembered and new tokens   H query heads   Hk key heads   D head size
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from subquad.mixers.base import Mixer, State, divide
+from subquad.mixers.rotary import angles, positions, rotate_halves
+from subquad.recurrence.validate import check_shape, fail
+
+_QUERY_BLOCK = 512  # queries that share a mask: bounds its memory to 512 x S for any T
+
+
+class SoftmaxAttention(Mixer):
+    """Grouped-query attention with rotary positions, as in Llama.
+
+        o_t = sum_{s <= t} softmax_s(q_t . k_s / sqrt(D)) v_s
+
+    Vaswani et al. 2017 (arXiv:1706.03762, eq. 1), heads that share keys from Ainslie et al. 2023
+    (arXiv:2305.13245), positions from Su et al. 2021 (arXiv:2104.09864, eq. 34).
+
+    The state grows with the sequence: keys (rotated) and values [B,S,Hk,D], length [B] int64. Rows
+    of different lengths end together: row b's tokens are its last length[b] slots, so that adding
+    a token is the same concatenation for every row.
+
+    Args:
+        hidden_size: width of the input and output.
+        num_heads: query heads; by default one for each 64 channels.
+        num_kv_heads: key and value heads, a divisor of num_heads (its default).
+        head_dim: even size of a head; hidden_size / num_heads by default.
+        rope_theta: the longest wavelength of the rotations over 2 pi.
+        qkv_bias: whether the projections to queries, keys and values have a bias (Qwen2's do).
+    """
+
+    row = "softmax_attention"
+    state_names = ("keys", "values", "length")
+    window: int | None = None
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int | None = None,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rope_theta: float = 10_000.0,
+        qkv_bias: bool = False,
+    ) -> None:
+        super().__init__(hidden_size)
+        self.num_heads = max(1, hidden_size // 64) if num_heads is None else num_heads
+        self.num_kv_heads = self.num_heads if num_kv_heads is None else num_kv_heads
+        divide(self.num_heads, self.num_kv_heads, "num_heads", "num_kv_heads")
+        if head_dim is None:
+            head_dim = divide(hidden_size, self.num_heads, "hidden_size", "num_heads")
+        if head_dim % 2:
+            raise fail("head_dim", head_dim, "an even number to rotate in pairs", "pass head_dim")
+        self.head_dim = head_dim
+        self.rope_theta = rope_theta
+        heads = self.num_heads + 2 * self.num_kv_heads
+        self.qkv_proj = nn.Linear(hidden_size, heads * head_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(self.num_heads * head_dim, hidden_size, bias=False)
+        self.reset_parameters()
+
+    def forward(
+        self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        past = self.check_inputs(x, state, cu_seqlens)
+        H, Hk, D = self.num_heads, self.num_kv_heads, self.head_dim
+        for name in ("keys", "values"):
+            if past:
+                shape = (*past["keys"].shape[:2], Hk, D)
+                check_shape(f"state[{name!r}]", past[name], shape, "[B,S,Hk,D]")
+
+        position, length = positions(past.get("length"), x, cu_seqlens)
+        inverse = self.rope_theta ** -(torch.arange(0, D, 2, device=x.device) / D)
+        qkv = self.qkv_proj(x).unflatten(-1, (H + 2 * Hk, D))  # [B,T,H+2Hk,D]
+        qk, v = qkv.split((H + Hk, Hk), dim=2)
+        q, k = rotate_halves(qk, *angles(position, inverse)).split((H, Hk), dim=2)
+
+        if cu_seqlens is None:
+            o, keys, values = self._attend(q, k, v, past)
+        else:
+            o, keys, values = self._attend_packed(q, k, v, past, cu_seqlens)
+        return self.o_proj(o.flatten(-2)), {"keys": keys, "values": values, "length": length}
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, past: State
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows that each have T new tokens: outputs, and the keys and values to remember."""
+        B, T = q.shape[:2]
+        fresh = not past
+        keys = k.contiguous() if fresh else torch.cat((past["keys"], k), dim=1)
+        values = v.contiguous() if fresh else torch.cat((past["values"], v), dim=1)
+        if fresh and (self.window is None or self.window >= T):
+            o = _sdpa(q, keys, values, is_causal=True)
+        elif T == 1 and B == 1:  # one row has no empty slots, and one query sees all of them
+            o = _sdpa(q, keys, values)
+        else:
+            first = None if fresh or B == 1 else keys.shape[1] - past["length"] - T
+            o = _sdpa_by_blocks(q, keys, values, self.window, first)
+        return o, self._remember(keys), self._remember(values)
+
+    def _attend_packed(
+        self, q: Tensor, k: Tensor, v: Tensor, past: State, cu_seqlens: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sequences end to end in one row: each is attended on its own, exactly as if alone."""
+        results = []
+        for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+            own: State = {}
+            if past:
+                empty = max(0, past["keys"].shape[1] - int(past["length"][n]))
+                own = {name: past[name][n : n + 1, empty:] for name in ("keys", "values")}
+            new = slice(start, end)
+            results.append(self._attend(q[:, new], k[:, new], v[:, new], own))
+        o, keys, values = zip(*results)
+        return torch.cat(o, dim=1), _end_together(keys), _end_together(values)
+
+    def _remember(self, slots: Tensor) -> Tensor:
+        """What of the slots [B,S,Hk,D] a later token can still see."""
+        if self.window is None or slots.shape[1] < self.window:
+            return slots
+        # a copy, so that the forgotten slots are freed
+        return slots[:, slots.shape[1] - self.window + 1 :].clone()
+
+
+class SlidingWindowAttention(SoftmaxAttention):
+    """Softmax attention to the last `window` tokens, the current one among them.
+
+    Child et al. 2019 (arXiv:1904.10509); Mistral 7B (arXiv:2310.06825, section 2). Time is
+    T x window, and the state keeps at most the window - 1 keys that the next token still sees.
+
+    Args:
+        window: how many tokens a query sees, itself included.
+        hidden_size, options: as SoftmaxAttention's.
+    """
+
+    row = "sliding_window_attention"
+
+    def __init__(self, hidden_size: int, *, window: int = 256, **options: object) -> None:
+        if window < 1:
+            raise fail("window", window, "at least 1, the token itself", "pass a positive window")
+        super().__init__(hidden_size, **options)  # type: ignore[arg-type]
+        self.window = window
+
+
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """torch's attention in this library's layout: q [B,T,H,D], k, v [B,S,Hk,D] -> [B,T,H,D]."""
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, enable_gqa=grouped)
+    return o.transpose(1, 2)
+
+
+def _sdpa_by_blocks(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, first: Tensor | None
+) -> Tensor:
+    """Causal attention of the last T of S slots, without ever holding a T x S mask.
+
+    A block of queries looks only at the slots that some of them see: everything before their end,
+    or, with a window, little more than their own block and the one before.
+
+    Args:
+        window: how many slots a query sees, its own included; None for all before it.
+        first: [B], each row's first slot in use; None when all are.
+    """
+    T, S = q.shape[1], k.shape[1]
+    size = _QUERY_BLOCK if window is None else min(max(window, 64), _QUERY_BLOCK)
+    outputs = []
+    for start in range(0, T, size):
+        end = min(start + size, T)
+        low = 0 if window is None else max(0, S - T + start - window + 1)
+        high = S - T + end
+        query = torch.arange(S - T + start, high, device=q.device)[:, None]
+        slot = torch.arange(low, high, device=q.device)
+        visible = slot <= query
+        if window is not None:
+            visible &= slot > query - window
+        mask = visible[None, None]  # [1,1,block,slots]
+        if first is not None:
+            mask = mask & (slot >= first[:, None, None, None])  # [B,1,block,slots]
+        outputs.append(_sdpa(q[:, start:end], k[:, low:high], v[:, low:high], mask))
+    return torch.cat(outputs, dim=1)
+
+
+def _end_together(rows: tuple[Tensor, ...]) -> Tensor:
+    """Stack rows [1,S_n,Hk,D] of different lengths so that each ends in the last slot."""
+    S = max(row.shape[1] for row in rows)
+    return torch.cat([F.pad(row, (0, 0, 0, 0, S - row.shape[1], 0)) for row in rows])

@@ -1,0 +1,107 @@
+"""Gated DeltaNet: Mamba-2's decay forgets everything a little, the delta rule one key precisely.
+
+B batch   T time   Hk key heads   H value heads   K key size   V value size
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from subquad.mixers.base import Mixer, State, divide
+from subquad.mixers.convolution import ShortConvolution
+from subquad.mixers.init import no_weight_decay, set_log_uniform_, set_step_size_
+from subquad.mixers.norms import NormThenGate, l2_normalise
+from subquad.recurrence import Delta, linear_recurrence
+from subquad.recurrence.validate import fail
+
+
+class GatedDeltaNet(Mixer):
+    """Yang, Kautz and Hatamizadeh 2024, "Gated Delta Networks" (arXiv:2412.06464, eq. 10).
+
+        q, k, v = silu(conv(Wq x, Wk x, Wv x))      q, k to norm 1      beta = sigmoid(Wb x)
+        g = -A softplus(Wa x + dt_bias)
+        S' = exp(g_t) S_{t-1};  S_t = S' + beta_t k_t (v_t - S'^T k_t)^T      o_t = K^-1/2 S_t^T q_t
+        y = Wo (RMSNorm_head(o) * silu(Wg x))
+
+    State: recurrent [B,H,K,V] float32, conv [B,W-1,2*Hk*K+H*V].
+
+    Args:
+        hidden_size: width of the input and output.
+        num_heads: Hk, heads of queries and keys.
+        num_v_heads: H, heads of values, a multiple of num_heads (its default): Qwen3-Next has 32
+            for 16 of keys.
+        head_dim: K; by default such that the key heads are 0.75 * hidden_size wide together.
+        expand_v: V over K.
+        conv_width: taps W of the convolution over time.
+        allow_negative_eigenvalues: beta in [0, 2] instead of [0, 1] (arXiv:2411.12537).
+        norm_eps: of the headwise norm.
+    """
+
+    row = "gated_deltanet"
+    state_names = ("conv", "recurrent")
+
+    def __init__(
+        self,
+        hidden_size: int,
+        *,
+        num_heads: int = 6,
+        num_v_heads: int | None = None,
+        head_dim: int | None = None,
+        expand_v: float = 2.0,
+        conv_width: int = 4,
+        allow_negative_eigenvalues: bool = False,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__(hidden_size)
+        self.num_heads = num_heads
+        self.num_v_heads = num_heads if num_v_heads is None else num_v_heads
+        if num_heads < 1 or self.num_v_heads % num_heads:
+            expected = f"a multiple of num_heads = {num_heads} > 0"
+            raise fail("num_v_heads", self.num_v_heads, expected, "change one of the two")
+        if head_dim is None:
+            head_dim = divide(3 * hidden_size, 4 * num_heads, "3 * hidden_size", "4 * num_heads")
+        self.head_dim = head_dim
+        self.value_head_dim = int(expand_v * head_dim)
+        if self.value_head_dim != expand_v * head_dim or expand_v <= 0:
+            expected = f"a factor that gives head_dim = {head_dim} a whole number of values"
+            raise fail("expand_v", expand_v, expected, "change it or head_dim")
+        self.beta_scale = 2.0 if allow_negative_eigenvalues else 1.0
+
+        H = self.num_v_heads
+        keys, values = num_heads * head_dim, H * self.value_head_dim
+        self.conv_sizes = (2 * keys, values)  # [q, k], v
+        self.sizes = (2 * keys + values, values, H, H)  # [q, k, v], gate, b, a
+        self.in_proj = nn.Linear(hidden_size, sum(self.sizes), bias=False)
+        self.conv = ShortConvolution(2 * keys + values, conv_width)
+        self.A_log = no_weight_decay(nn.Parameter(torch.empty(H)))
+        self.dt_bias = no_weight_decay(nn.Parameter(torch.empty(H)))
+        self.norm = NormThenGate(self.value_head_dim, norm_eps)
+        self.o_proj = nn.Linear(values, hidden_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A uniform in (0, 16], steps log-uniform as Mamba's, the rest as the base class."""
+        super().reset_parameters()
+        set_log_uniform_(self.A_log, 1e-2, 16.0)  # away from 0, whose logarithm is -inf
+        set_step_size_(self.dt_bias)
+
+    def forward(
+        self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        past = self.check_inputs(x, state, cu_seqlens)
+        qkv, gate, b, a = self.in_proj(x).split(self.sizes, dim=-1)
+        qkv, conv = self.conv(qkv, past.get("conv"), cu_seqlens)
+        qk, v = qkv.split(self.conv_sizes, dim=-1)
+        q, k = l2_normalise(qk.unflatten(-1, (-1, self.head_dim))).chunk(2, dim=2)  # [B,T,Hk,K]
+        heads = (self.num_v_heads, self.value_head_dim)
+        o, recurrent = linear_recurrence(
+            q,
+            k,
+            v.unflatten(-1, heads),  # [B,T,H,V]
+            log_decay=-self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias),  # [B,T,H]
+            erase=Delta(b.float().sigmoid() * self.beta_scale),  # [B,T,H]
+            state=past.get("recurrent"),
+            cu_seqlens=cu_seqlens,
+        )
+        y = self.norm(o, gate.unflatten(-1, heads))
+        return self.o_proj(y.flatten(-2)), {"conv": conv, "recurrent": recurrent}
