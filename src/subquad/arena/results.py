@@ -1,0 +1,227 @@
+"""What the arena was asked, planned and found: plain records that go to JSON and back unchanged.
+
+Units, everywhere: bits per byte, seconds, tokens per second, bytes. Nothing here is rounded.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+DEFAULT_ROWS = ("softmax_attention", "mamba", "mamba2", "gla", "gated_deltanet")
+
+
+@dataclass(frozen=True)
+class ArenaConfig:
+    """The question. Runs with equal configs see the same batches in the same order.
+
+    parameters: trainable parameters of every model, embeddings counted once (they are tied).
+    minutes:    wall-clock budget for everything, from which one number of steps for all rows is
+                derived; ignored where `steps` is given.
+    contexts:   context lengths, in tokens, at which decoding is timed and the cache weighed.
+    """
+
+    rows: tuple[str, ...] = DEFAULT_ROWS
+    parameters: int = 1_000_000
+    data: str = "stdlib"
+    steps: int | None = None
+    minutes: float = 6.0
+    seq_len: int = 256
+    batch_size: int = 8
+    lr: float = 3e-3
+    seed: int = 0
+    contexts: tuple[int, ...] = (128, 2048, 16384)
+    heldout_tokens: int = 65_536
+    prompt: str = "def read"
+    sample_tokens: int = 240
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        # JSON has no tuples; a config read back must equal the one written.
+        object.__setattr__(self, "rows", tuple(self.rows))
+        object.__setattr__(self, "contexts", tuple(sorted(self.contexts)))
+        if not self.rows or len(set(self.rows)) != len(self.rows):
+            raise ValueError(
+                f"rows must name at least one row and none twice, got {list(self.rows)}; "
+                "for example --rows softmax_attention,mamba2"
+            )
+        for name in ("parameters", "seq_len", "batch_size", "lr", "minutes"):
+            _require_positive(name, getattr(self, name))
+        if self.steps is not None:
+            _require_positive("steps", self.steps)
+        if not self.contexts or self.contexts[0] < 1:
+            raise ValueError(f"contexts must be positive token counts, got {list(self.contexts)}")
+        if not self.prompt:
+            raise ValueError("prompt must not be empty: every row continues the same text")
+
+
+def _require_positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One row's model at the common size; `model` holds the keyword arguments of SubquadConfig."""
+
+    row: str
+    parameters: int
+    embedding_parameters: int
+    model: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DecodeTiming:
+    """Decoding one sequence (batch 1) with `context` tokens already in the cache."""
+
+    context: int
+    seconds_per_token: float  # median
+    low: float  # quartiles of the same steps
+    high: float
+    prefill_seconds: float  # for all `context` tokens, from an empty cache
+    cache_bytes: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 1.0 / self.seconds_per_token
+
+
+@dataclass(frozen=True)
+class Training:
+    """The curve of one row. Entry i of each list belongs to optimiser step i + 1."""
+
+    bits_per_byte: list[float]  # of the training batch, before the step
+    seconds: list[float]  # of the step alone
+    tokens_per_step: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """From the median step, so that a hiccup of the machine does not count."""
+        return self.tokens_per_step / sorted(self.seconds)[len(self.seconds) // 2]
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """All about one finished row; heldout_bits[i] and heldout_bytes[i] are held-out window i's."""
+
+    shape: Shape
+    training: Training
+    heldout_bits: list[float]
+    heldout_bytes: list[int]
+    decode: list[DecodeTiming]
+    sample: str
+
+    @property
+    def row(self) -> str:
+        return self.shape.row
+
+    @property
+    def bits_per_byte(self) -> float:
+        return sum(self.heldout_bits) / sum(self.heldout_bytes)
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "RowResult":
+        return cls(
+            shape=Shape(**record["shape"]),
+            training=Training(**record["training"]),
+            heldout_bits=record["heldout_bits"],
+            heldout_bytes=record["heldout_bytes"],
+            decode=[DecodeTiming(**timing) for timing in record["decode"]],
+            sample=record["sample"],
+        )
+
+
+def difference(row: RowResult, best: RowResult) -> tuple[float, float]:
+    """Held-out bits per byte of `row` above `best`, and the standard error of that difference.
+
+    Both saw the same windows, so windows are compared in pairs: what makes a window hard for
+    every model cancels. The error covers the choice of held-out text and nothing else.
+    """
+    total = sum(row.heldout_bytes)
+    gaps = [a - b for a, b in zip(row.heldout_bits, best.heldout_bits)]
+    mean = sum(gaps) / total
+    windows = len(gaps)
+    if windows < 2:
+        return mean, float("nan")
+    residuals = [gap - mean * size for gap, size in zip(gaps, row.heldout_bytes)]
+    variance = sum(r * r for r in residuals) * windows / (windows - 1)
+    return mean, variance**0.5 / total
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is settled before any row is trained, so that a stopped run can go on with the same."""
+
+    config: ArenaConfig
+    environment: dict[str, Any]  # versions, machine, threads, date
+    steps: int
+    shapes: dict[str, Shape]
+    decode: dict[str, list[DecodeTiming]]
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "Plan":
+        return cls(
+            config=ArenaConfig(**record["config"]),
+            environment=record["environment"],
+            steps=record["steps"],
+            shapes={row: Shape(**shape) for row, shape in record["shapes"].items()},
+            decode={
+                row: [DecodeTiming(**timing) for timing in timings]
+                for row, timings in record["decode"].items()
+            },
+        )
+
+
+@dataclass(frozen=True)
+class ArenaResults:
+    """The answer so far: finished rows, in the order asked for."""
+
+    plan: Plan
+    rows: list[RowResult]
+
+    @property
+    def config(self) -> ArenaConfig:
+        return self.plan.config
+
+    @property
+    def missing(self) -> list[str]:
+        finished = {result.row for result in self.rows}
+        return [row for row in self.config.rows if row not in finished]
+
+    def to_json(self) -> dict[str, Any]:
+        """A summary first, for readers in a hurry; then everything, from which it was computed."""
+        summary = [
+            {
+                "row": result.row,
+                "parameters": result.shape.parameters,
+                "heldout_bits_per_byte": result.bits_per_byte,
+                "train_tokens_per_second": result.training.tokens_per_second,
+                "decode_tokens_per_second": {t.context: t.tokens_per_second for t in result.decode},
+                "cache_bytes": {t.context: t.cache_bytes for t in result.decode},
+            }
+            for result in self.rows
+        ]
+        return {
+            "summary": summary,
+            "missing": self.missing,
+            "plan": asdict(self.plan),
+            "rows": [asdict(result) for result in self.rows],
+        }
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "ArenaResults":
+        rows = [RowResult.from_json(row) for row in record["rows"]]
+        return cls(Plan.from_json(record["plan"]), rows)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write all of `text` to `path`, or leave what was there: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def write_json(path: Path, record: Any) -> None:
+    write_atomically(path, json.dumps(record, indent=1, allow_nan=False) + "\n")

@@ -1,0 +1,230 @@
+"""The arena: measure, plan, then train row after row, so that stopping loses little.
+
+What lies where:
+
+    DIR/plan.json        what was asked and settled, written before training
+    DIR/ROW/             an ordinary training run (`subquad generate DIR/ROW` works)
+    DIR/ROW/result.json  all about the row, once it is finished
+    DIR/results.json     everything in one file
+    DIR/report.html      everything on one page
+"""
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+import transformers
+
+from subquad import __version__
+from subquad.arena.equalise import equal_shape
+from subquad.arena.measure import decode_timings, heldout_windows
+from subquad.arena.results import (
+    ArenaConfig,
+    ArenaResults,
+    Plan,
+    RowResult,
+    Shape,
+    Training,
+    write_json,
+)
+from subquad.generate import stream
+from subquad.train import Corpus, TrainConfig, TrainResult, load_corpus, train
+
+Record = dict[str, Any]
+_CALIBRATION_STEPS = 8
+_CALIBRATION_WARM_UP = 3  # compiling and first allocations
+_LEAST_STEPS = 20  # a budget too short for this many is overrun rather than meaningless
+
+
+def run_arena(
+    config: ArenaConfig,
+    out: Path,
+    on_event: Callable[[Record], None] = lambda record: None,
+) -> ArenaResults:
+    """Train and measure every row of `config`; continue what an earlier call left in `out`.
+
+    Ctrl-C during training saves the row's checkpoint and returns what is finished; the same call
+    goes on from there. Rows already finished are read back, not trained again.
+
+    Args:
+        config: the question.
+        out: a directory, made if need be.
+        on_event: told {"kind": "measure" | "plan" | "row", ...} and, with a "row" added, every
+            record of `subquad.train`.
+
+    Raises:
+        ValueError: a setting that does not fit, or `out` holds another arena.
+        KeyboardInterrupt: stopped while planning, when nothing is worth keeping.
+    """
+    began = perf_counter()
+    corpus = load_corpus(config.data)
+    plan = _read_plan(config, out)
+    if plan is None:
+        plan = _make_plan(config, corpus, began, on_event)
+        write_json(out / "plan.json", asdict(plan))
+    on_event({"kind": "plan", "plan": plan})
+    finished = []
+    for row in config.rows:
+        result = _read_row(out / row) or _run_row(row, plan, corpus, out / row, on_event)
+        if result is None:
+            break
+        finished.append(result)
+        on_event({"kind": "row", "row": row, "result": result})
+    return ArenaResults(plan, finished)
+
+
+def _make_plan(
+    config: ArenaConfig, corpus: Corpus, began: float, on_event: Callable[[Record], None]
+) -> Plan:
+    """Shapes, decode timings and the number of steps. `began`: when the time budget started."""
+    vocab_size = len(corpus.tokenizer)
+    shapes = {row: equal_shape(row, config.parameters, vocab_size) for row in config.rows}
+    text = torch.from_numpy(corpus.heldout.ids[: max(config.contexts)].astype("int64"))
+    decode, step_seconds, other_seconds = {}, 0.0, 0.0
+    for row, shape in shapes.items():
+        on_event({"kind": "measure", "row": row, "what": "training"})
+        settings = _train_config(config, shape, _CALIBRATION_STEPS)
+        trained = train(settings, corpus=corpus)
+        if trained.interrupted:
+            raise KeyboardInterrupt
+        seconds = median(_step_seconds(trained)[_CALIBRATION_WARM_UP:])
+        # Timing the steps of a model does not need its final weights: they do not change the work.
+        decode[row] = decode_timings(
+            trained.model,
+            text,
+            config.contexts,
+            lambda n, row=row: on_event({"kind": "measure", "row": row, "what": f"{n} tokens"}),
+        )
+        step_seconds += seconds
+        # Scoring a token takes a third of training on it; a sample goes token by token.
+        scoring = config.heldout_tokens / (config.batch_size * config.seq_len) * seconds / 3
+        other_seconds += scoring + config.sample_tokens * decode[row][0].seconds_per_token
+    steps = config.steps
+    if steps is None:
+        left = config.minutes * 60 - (perf_counter() - began) - other_seconds
+        steps = max(_LEAST_STEPS, int(left / step_seconds))
+    return Plan(config, describe_machine(config), steps, shapes, decode)
+
+
+def _run_row(
+    row: str, plan: Plan, corpus: Corpus, folder: Path, on_event: Callable[[Record], None]
+) -> RowResult | None:
+    """Train one row, score it and let it write; None if it was stopped before its last step."""
+    config, shape = plan.config, plan.shapes[row]
+    settings = _train_config(config, shape, plan.steps)
+    trained = train(
+        settings,
+        folder,
+        resume=folder.exists(),
+        on_event=lambda record: on_event({**record, "row": row}),
+        corpus=corpus,
+    )
+    if trained.interrupted:
+        return None
+    on_event({"kind": "measure", "row": row, "what": "held-out text"})
+    bits, sizes = heldout_windows(trained.model, corpus.heldout, settings, config.heldout_tokens)
+    pieces = stream(
+        trained.model.eval(),
+        corpus.tokenizer,
+        config.prompt,
+        max_new_tokens=config.sample_tokens,
+        seed=config.seed,
+    )
+    sample = "".join(pieces)
+    losses = [record["bits_per_byte"] for record in trained.history if record["kind"] == "train"]
+    tokens = config.batch_size * config.seq_len
+    training = Training(losses, _step_seconds(trained), tokens)
+    result = RowResult(shape, training, bits, sizes, plan.decode[row], sample)
+    write_json(folder / "result.json", asdict(result))
+    return result
+
+
+def _train_config(config: ArenaConfig, shape: Shape, steps: int) -> TrainConfig:
+    """The same for every row but for the model."""
+    return TrainConfig(
+        model=shape.model,
+        data=config.data,
+        steps=steps,
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        lr=config.lr,
+        seed=config.seed,
+        device=config.device,
+        eval_every=steps,
+        eval_tokens=16 * config.seq_len,  # a glance; the arena scores the finished model itself
+        checkpoint_every=max(100, steps // 4),
+        keep=1,
+    )
+
+
+def _step_seconds(trained: TrainResult) -> list[float]:
+    tokens = trained.config.batch_size * trained.config.seq_len
+    return [tokens / r["tokens_per_second"] for r in trained.history if r["kind"] == "train"]
+
+
+def _read_plan(config: ArenaConfig, out: Path) -> Plan | None:
+    """The plan of an earlier call in `out`, or None; ValueError if it was another arena's."""
+    file = out / "plan.json"
+    if not file.exists():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ValueError(f"out: {out} is not empty and no arena; give another directory")
+        return None
+    plan = Plan.from_json(json.loads(file.read_text(encoding="utf-8")))
+    old, new = asdict(plan.config), asdict(config)
+    changed = [f"{name} was {old[name]}, now {new[name]}" for name in new if new[name] != old[name]]
+    here = describe_machine(config)
+    unfinished = not all((out / row / "result.json").exists() for row in config.rows)
+    if unfinished:  # half of the rows on another machine would be no comparison
+        then = plan.environment
+        changed += [
+            f"{name} was {then[name]}, now {here[name]}"
+            for name in here
+            if name != "date" and here[name] != then[name]
+        ]
+    if changed:
+        raise ValueError(
+            f"out: {out} holds an arena begun otherwise ({'; '.join(changed)}); "
+            "give another directory with --out, or delete this one"
+        )
+    return plan
+
+
+def _read_row(folder: Path) -> RowResult | None:
+    file = folder / "result.json"
+    if not file.exists():
+        return None
+    return RowResult.from_json(json.loads(file.read_text(encoding="utf-8")))
+
+
+def describe_machine(config: ArenaConfig) -> dict[str, Any]:
+    """What the speeds depend on, besides the code."""
+    cuda = config.device.startswith("cuda") or (
+        config.device == "auto" and torch.cuda.is_available()
+    )
+    return {
+        "subquad": __version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "threads": torch.get_num_threads(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def _processor() -> str:
+    """The CPU's name; Linux tells it in a file only."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
