@@ -1,1 +1,23 @@
+"""Language models of any row or mix of rows, as transformers knows models.
 
+Importing this makes `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` know model_type "subquad".
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from subquad.models.cache import SubquadCache
+from subquad.models.config import SubquadConfig
+from subquad.models.language import SubquadForCausalLM, SubquadModel
+from subquad.models.tokenizer import ByteTokenizer
+
+AutoConfig.register(SubquadConfig.model_type, SubquadConfig, exist_ok=True)
+AutoModel.register(SubquadConfig, SubquadModel, exist_ok=True)
+AutoModelForCausalLM.register(SubquadConfig, SubquadForCausalLM, exist_ok=True)
+
+__all__ = [
+    "ByteTokenizer",
+    "SubquadCache",
+    "SubquadConfig",
+    "SubquadForCausalLM",
+    "SubquadModel",
+]

@@ -1,0 +1,271 @@
+"""What a model remembers between calls: the state of every layer, row by row of the batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Cache
+
+from subquad.mixers.base import State
+from subquad.models.packing import Packing
+from subquad.recurrence.validate import fail
+
+_FORMAT = "subquad-cache-1"
+
+
+class SubquadCache(Cache):
+    """The states of all layers, in transformers' Cache protocol.
+
+    Attributes:
+        states: one `State` per layer (a dict of tensors, rows first), None before the first token.
+        lengths: [B] int64, real tokens read by each row since its sequence began; None before the
+            first call.
+
+    A mixer never changes a state it was given, so `copy.copy(cache)` is a snapshot that costs
+    nothing: the copy keeps what it has when the original moves on.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__(layers=[])
+        self.num_layers = num_layers
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything; the next call starts afresh, with any number of rows."""
+        self.states: list[State | None] = [None] * self.num_layers
+        self.lengths: Tensor | None = None
+        # Rows that have seen nothing but padding have no state yet: what `states` holds for them
+        # is filler and must not be continued.
+        self.has_empty_rows = False
+        self._columns = 0
+
+    # ---- what the model calls
+
+    def check_batch(self, rows: int) -> None:
+        if self.lengths is not None and len(self.lengths) != rows:
+            raise fail(
+                "past_key_values",
+                f"a cache of {len(self.lengths)} rows",
+                f"one row for each of the {rows} sequences given",
+                "cache.batch_repeat_interleave(n) or cache.batch_select_indices(rows) makes it fit",
+            )
+
+    def advance(self, states: list[State], rows: int, tokens: int, device: torch.device) -> None:
+        """Every one of the rows has read `tokens` more."""
+        self.states = list(states)
+        if self.lengths is None:
+            self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.lengths = self.lengths + tokens
+        self._columns += tokens
+
+    def advance_packed(
+        self,
+        results: list[tuple[Packing, list[State]]],
+        rows: int,
+        columns: int | None,
+        device: torch.device,
+    ) -> None:
+        """Some rows have read some tokens; the others stay as they are.
+
+        Args:
+            results: each packing with the states, by layer, after its sequences.
+            rows: of the cache, whether or not they read anything.
+            columns: width of the call, padding included; None when sequences came one after
+                another (`cu_seqlens`), and the longest counts.
+        """
+        before = self.lengths
+        if before is None:
+            before = torch.zeros(rows, dtype=torch.int64, device=device)
+        lengths = before
+        for packing, _ in results:
+            lengths = packing.new_lengths(lengths)
+        self.states = [
+            _merge(old, [(packing, states[layer]) for packing, states in results], rows)
+            for layer, old in enumerate(self.states)
+        ]
+        self._columns += int((lengths - before).max()) if columns is None else columns
+        self.lengths = lengths
+        self.has_empty_rows = bool((lengths == 0).any())
+
+    # ---- what generate() and its users call
+
+    def __len__(self) -> int:
+        return self.num_layers
+
+    def __repr__(self) -> str:
+        rows = 0 if self.lengths is None else len(self.lengths)
+        length = self.get_seq_length()
+        return f"SubquadCache({rows} rows after {length} tokens, {self.nbytes} bytes)"
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens read so far, padding included: the attention mask's width up to now."""
+        return self._columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: there is no limit."""
+        return -1
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        """`get_max_length` under the name that transformers before 5.17 calls it by."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """(width, offset) of a mask over all tokens read and `query_length` more."""
+        return self._columns + query_length, 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the states take."""
+        return sum(t.nbytes for state in self.states for t in (state or {}).values())
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, or -1 before the first call."""
+        return -1 if self.lengths is None else len(self.lengths)
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.lengths is not None
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: states are replaced, not written in place, as static addresses would need."""
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was (beam search)."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, in this order; one may be named more than once."""
+        self._map(lambda t: t.index_select(0, indices.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times, next to each other."""
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def crop(self, max_length: int) -> None:
+        """Refuse to forget the last tokens; a no-op where nothing would be forgotten.
+
+        Args:
+            max_length: tokens to keep, or, if negative, minus the tokens to forget; 0 forgets
+                nothing (as transformers since 5.17 has it).
+
+        Raises:
+            ValueError: a recurrent state holds no record of the single tokens to take away.
+        """
+        if max_length == 0 or max_length >= self._columns:
+            return
+        raise fail(
+            "crop",
+            f"{max_length} of {self._columns} tokens",
+            "to keep all of them, for a recurrent state cannot forget its last tokens",
+            "take a snapshot first, copy.copy(cache), and go back to that",
+        )
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError(
+            "SubquadCache holds whole states, not keys and values layer by layer; "
+            "only a subquad model can write it"
+        )
+
+    # ---- files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one safetensors file, wholly or not at all."""
+        path = Path(path)
+        tensors = {
+            f"{layer}.{name}": tensor.detach().clone()
+            for layer, state in enumerate(self.states)
+            for name, tensor in (state or {}).items()
+        }
+        if self.lengths is not None:
+            tensors["lengths"] = self.lengths
+        metadata = {
+            "format": _FORMAT,
+            "num_layers": str(self.num_layers),
+            "columns": str(self._columns),
+        }
+        draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
+        try:
+            save_file(tensors, draft, metadata=metadata)
+            with open(draft, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(draft, path)
+        finally:
+            draft.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> SubquadCache:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is no cache of ours.
+            FileNotFoundError: there is no such file.
+        """
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise fail("path", f"{path}: {error}", "a safetensors file", "save it again") from error
+        if metadata.get("format") != _FORMAT:
+            raise fail(
+                "path", f"format {metadata.get('format')!r}", repr(_FORMAT), "use SubquadCache.save"
+            )
+        cache = cls(int(metadata["num_layers"]))
+        cache._columns = int(metadata["columns"])
+        cache.lengths = tensors.pop("lengths", None)
+        cache.has_empty_rows = cache.lengths is not None and bool((cache.lengths == 0).any())
+        for name, tensor in tensors.items():
+            layer, _, entry = name.partition(".")
+            state = cache.states[int(layer)] or {}
+            cache.states[int(layer)] = {**state, entry: tensor}
+        return cache
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.states = [
+            None if state is None else {name: change(t) for name, t in state.items()}
+            for state in self.states
+        ]
+        if self.lengths is not None:
+            self.lengths = change(self.lengths)
+
+
+def _merge(old: State | None, updates: list[tuple[Packing, State]], rows: int) -> State | None:
+    """The state whose rows come from the updates where those have them, else from `old`."""
+    if not updates:
+        return old
+    if len(updates) == 1 and updates[0][0].covers(rows):
+        return updates[0][1]
+    merged = {}
+    for name, tensor in updates[0][1].items():
+        parts = [packing.last_of(state[name]) for packing, state in updates]
+        known = parts if old is None else [*parts, old[name]]
+        # Key-value states of different ages differ in width; they are padded at the end.
+        shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in known))]
+        out = tensor.new_zeros(rows, *shape) if old is None else _widen(old[name], shape)
+        for (packing, _), part in zip(updates, parts):
+            out = out.index_copy(0, packing.final_rows, _widen(part, shape))
+        merged[name] = out
+    return merged
+
+
+def _widen(tensor: Tensor, shape: list[int]) -> Tensor:
+    """`tensor` with zeros at the end of each dimension but the first, up to `shape`."""
+    missing = [want - have for want, have in zip(shape, tensor.shape[1:])]
+    if not any(missing):
+        return tensor
+    padding = [amount for size in reversed(missing) for amount in (0, size)]
+    return torch.nn.functional.pad(tensor, padding)

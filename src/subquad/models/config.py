@@ -1,0 +1,189 @@
+"""What a subquad language model is made of, as a transformers configuration."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from subquad.mixers import MIXERS
+from subquad.models.tokenizer import BOS, EOS, PAD, VOCAB_SIZE
+from subquad.recurrence.validate import fail
+
+
+class SubquadConfig(PreTrainedConfig):
+    """The shape of a `SubquadForCausalLM`: which rows of the table, how wide, how deep.
+
+    Args:
+        vocab_size: tokens. The default, 259, is `ByteTokenizer`'s: 256 bytes, bos, eos, pad.
+        hidden_size: channels of the residual stream.
+        num_hidden_layers: blocks, all of the row `mixer`. Overridden by `layers`.
+        mixer: the row's name, one of `subquad.mixers.MIXERS`.
+        layers: the row of each block, for hybrids: `["mamba2", "mamba2", "softmax_attention"]`.
+        mixer_options: `{row: {keyword: value}}`, handed to that row's constructor; what is left
+            out is as published.
+        intermediate_size: channels inside the SwiGLU MLP beside each mixer. None takes 8/3 of
+            hidden_size, rounded up to a multiple of 32, and no MLP beside rows that mix channels
+            themselves (`has_channel_mixing`); 0 takes none anywhere; a number takes it everywhere.
+        norm_eps: added to the mean square in every RMSNorm of the blocks.
+        residual_in_fp32: keep the sum over blocks in float32 whatever dtype the weights have.
+        tie_word_embeddings: the read-out shares the embedding's weights.
+        initializer_range: standard deviation of embeddings and MLPs at the start; mixers start as
+            published.
+        use_cache: return a `SubquadCache` unless training or told otherwise.
+        bos_token_id, eos_token_id, pad_token_id: None means `ByteTokenizer`'s when vocab_size is
+            259, and none otherwise.
+
+    Raises:
+        ValueError: an unknown row, an option that the row does not take, sizes that do not fit,
+            or an argument that looks like a misspelt one of these.
+    """
+
+    model_type = "subquad"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = VOCAB_SIZE
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    mixer: str = "gated_deltanet"
+    layers: list[str] | None = None
+    mixer_options: dict[str, dict[str, Any]] | None = None
+    intermediate_size: int | None = None
+    norm_eps: float = 1e-5
+    residual_in_fp32: bool = True
+    tie_word_embeddings: bool = True
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        own = list(SubquadConfig.__annotations__)
+        for name in kwargs:
+            _refuse_misspelling(name, own)
+        if self.layers is not None:
+            if not isinstance(self.layers, list | tuple) or not self.layers:
+                raise fail(
+                    "layers",
+                    repr(self.layers),
+                    "a list with one row name a block",
+                    'for example layers=["mamba2", "softmax_attention"]',
+                )
+            self.layers = list(self.layers)
+            self.num_hidden_layers = len(self.layers)
+        if self.vocab_size == VOCAB_SIZE:
+            ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+            for name, value in ids.items():
+                if getattr(self, name) is None:
+                    setattr(self, name, value)
+        super().__post_init__(**kwargs)
+        self._check_sizes()
+        self._check_token_ids()
+        self._check_mixers()
+
+    @property
+    def rows(self) -> list[str]:
+        """The row of each block, from the first."""
+        return list(self.layers) if self.layers else [self.mixer] * self.num_hidden_layers
+
+    def mixer_kwargs(self, row: str) -> dict[str, Any]:
+        """The options that the mixers of this row are built with."""
+        return (self.mixer_options or {}).get(row, {})
+
+    def mlp_size(self, row: str) -> int:
+        """Channels inside the MLP beside a mixer of this row; 0 for none."""
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        if MIXERS[row].has_channel_mixing:
+            return 0
+        return -(-8 * self.hidden_size // (3 * 32)) * 32
+
+    def _check_sizes(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
+            _check_integer(name, getattr(self, name), at_least=1)
+        if self.intermediate_size is not None:
+            _check_integer("intermediate_size", self.intermediate_size, at_least=0)
+        for name in ("norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not value > 0:
+                raise fail(name, repr(value), "a number above 0", "the default suits most models")
+
+    def _check_token_ids(self) -> None:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            for token in value if isinstance(value, list | tuple) else [value]:
+                if token is not None and not 0 <= token < self.vocab_size:
+                    raise fail(
+                        name,
+                        repr(value),
+                        f"None or a token below vocab_size = {self.vocab_size}",
+                        "take it from the tokenizer that vocab_size was taken from",
+                    )
+
+    def _check_mixers(self) -> None:
+        argument = "layers" if self.layers else "mixer"
+        for row in self.rows:
+            _check_choice(argument, row, MIXERS)
+        if self.mixer_options is not None and not isinstance(self.mixer_options, dict):
+            raise fail(
+                "mixer_options",
+                repr(self.mixer_options),
+                "a dict of dicts",
+                'mixer_options={"gla": {"num_heads": 4}}',
+            )
+        for row, options in (self.mixer_options or {}).items():
+            _check_choice("mixer_options", row, MIXERS, hint='{"gla": {"num_heads": 4}}')
+            if row not in self.rows:
+                raise fail(
+                    "mixer_options",
+                    f"options for {row!r}",
+                    f"rows of this model: {sorted(set(self.rows))}",
+                    "leave out what no layer uses",
+                )
+            if not isinstance(options, dict):
+                raise fail(f"mixer_options[{row!r}]", repr(options), "a dict", '{"num_heads": 4}')
+            known = [
+                p.name
+                for p in inspect.signature(MIXERS[row]).parameters.values()
+                if p.kind is p.KEYWORD_ONLY
+            ]
+            for option in options:
+                _check_choice(f"mixer_options[{row!r}]", option, known)
+        for row in dict.fromkeys(self.rows):
+            self._check_mixer_builds(row)
+
+    def _check_mixer_builds(self, row: str) -> None:
+        """Let the mixer itself judge its sizes, on the meta device, where that costs nothing."""
+        try:
+            with torch.device("meta"):
+                MIXERS[row](self.hidden_size, **self.mixer_kwargs(row))
+        except ValueError as error:
+            raise ValueError(f"{row} with hidden_size={self.hidden_size}: {error}") from error
+
+
+def _check_integer(name: str, value: object, at_least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise fail(name, repr(value), f"an integer of at least {at_least}", "count again")
+
+
+def _check_choice(name: str, value: object, choices: Iterable[str], hint: str = "") -> None:
+    choices = list(choices)
+    if value in choices:
+        return
+    close = difflib.get_close_matches(str(value), choices, n=3)
+    fix = f"did you mean {' or '.join(map(repr, close))}?" if close else "pick one of these"
+    if hint:
+        fix += f"; the form is {name}={hint}"
+    raise fail(name, repr(value), f"one of {', '.join(choices) or 'nothing (it takes none)'}", fix)
+
+
+def _refuse_misspelling(name: str, own: list[str]) -> None:
+    """transformers keeps any argument it does not know; one that is nearly ours is a mistake."""
+    close = difflib.get_close_matches(name, own, n=1, cutoff=0.85)
+    if close:
+        raise fail(name, "an argument of that name", f"{close[0]!r}", f"write {close[0]}")

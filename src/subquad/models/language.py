@@ -1,0 +1,284 @@
+"""The language model: embedding, blocks, norm, read-out; one class pair for every mix of rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from subquad.mixers.base import Mixer, State
+from subquad.models.block import Block, normed
+from subquad.models.cache import SubquadCache
+from subquad.models.config import SubquadConfig
+from subquad.models.packing import Packing, pack, pack_given
+from subquad.recurrence.validate import fail
+
+
+class SubquadPreTrainedModel(PreTrainedModel):
+    """What transformers must know of our models."""
+
+    config_class = SubquadConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _skip_keys_device_placement = ["past_key_values"]
+    # Assisted decoding must take tokens back, which a recurrent state cannot.
+    _is_stateful = True
+    _can_compile_fullgraph = True
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: our initialisation leaves loaded weights alone, as that of built-in models does.
+
+        Of code that it takes for custom, transformers initialises no module without parameters of
+        its own; most mixers have none, only their projections do.
+        """
+        return False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # Children come first: what the mixer draws replaces what its projections were given.
+        if isinstance(module, Mixer):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+
+class SubquadModel(SubquadPreTrainedModel):
+    """Tokens in, hidden states out.
+
+    Rows of a batch may be padded anywhere (`attention_mask`), hold several texts one after
+    another (`position_ids` that restart at 0, or `cu_seqlens`), and go on from where an earlier
+    call stopped (`past_key_values`), by any number of tokens: the result is what each text alone
+    would give.
+    """
+
+    def __init__(self, config: SubquadConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, row) for row in config.rows)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self._keep_in_fp32_modules_strict = float32_names(self.layers)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: SubquadCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the stack.
+
+        Args:
+            input_ids: [B,T] int; or inputs_embeds [B,T,hidden].
+            attention_mask: [B,T], or [B,past+T] with the past's columns; 1 for tokens, 0 for
+                padding, which no token sees and whose outputs are zero.
+            position_ids: [B,T] or [1,T]; see `packing.pack`. They only mark where texts start.
+            past_key_values: where an earlier call stopped. It is moved on in place, unless
+                use_cache is False.
+            use_cache: return the cache; by default, when one came in, or when not training.
+            cu_seqlens: [N+1] int, the bounds of N texts laid end to end in the only row; 0 first,
+                T last. The cache then has N rows. (transformers' `cu_seq_lens_q` will do too.)
+            output_hidden_states: also return every block's input and the final output.
+
+        Raises:
+            ValueError: naming the argument that does not fit, and how to mend it.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            got = "both" if input_ids is not None else "neither"
+            raise fail("input_ids, inputs_embeds", got, "exactly one of the two", "leave one out")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if x.ndim != 3 or x.shape[1] == 0:
+            raise fail(
+                "input_ids" if inputs_embeds is None else "inputs_embeds",
+                f"shape {tuple(x.shape[:2])}",
+                "[B, T] with T >= 1",
+                "with a cache that holds the past, give the tokens after it; to generate(), the "
+                "whole text, or an attention_mask over it",
+            )
+        cache = past_key_values
+        if cache is not None and not isinstance(cache, SubquadCache):
+            name = type(cache).__name__
+            raise fail("past_key_values", name, "a SubquadCache", "pass None, or what came back")
+        if use_cache is None:
+            use_cache = cache is not None or (self.config.use_cache and not self.training)
+        if cache is None and use_cache:
+            cache = SubquadCache(len(self.layers))
+
+        bounds = cu_seqlens if cu_seqlens is not None else kwargs.get("cu_seq_lens_q")
+        rows = x.shape[0] if bounds is None else len(bounds) - 1
+        if cache is not None:
+            cache.check_batch(rows)
+        packings = _plan(x.shape[:2], attention_mask, position_ids, bounds, cache)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if self.config.residual_in_fp32:
+            x = x.float()
+        past = [None] * len(self.layers) if cache is None else cache.states
+        if packings is None:
+            hidden, states = self._run(x, past, None, output_hidden_states)
+            if use_cache:
+                cache.advance(states, rows, x.shape[1], x.device)
+        else:
+            hidden, results = self._run_packed(x, past, packings, output_hidden_states)
+            if use_cache:
+                columns = x.shape[1] if bounds is None else None
+                cache.advance_packed(results, rows, columns, x.device)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden[-1],
+            past_key_values=cache if use_cache else None,
+            hidden_states=tuple(hidden) if output_hidden_states else None,
+        )
+
+    def _run(
+        self, x: Tensor, past: list[State | None], cu_seqlens: Tensor | None, keep_all: bool
+    ) -> tuple[list[Tensor], list[State]]:
+        """Run all blocks: each block's input (if keep_all) and the output; each layer's state."""
+        hidden, states = [], []
+        for block, state in zip(self.layers, past):
+            if keep_all:
+                hidden.append(x)
+            x, state = block(x, state, cu_seqlens)
+            states.append(state)
+        return [*hidden, normed(self.norm, x)], states
+
+    def _run_packed(
+        self, x: Tensor, past: list[State | None], packings: list[Packing], keep_all: bool
+    ) -> tuple[list[Tensor], list[tuple[Packing, list[State]]]]:
+        """Run each packing, and put its outputs where its tokens were, among zeros."""
+        results = []
+        dtype = self.norm.weight.dtype
+        inputs = [torch.zeros_like(x)] * (len(self.layers) if keep_all else 0)
+        out = [*inputs, torch.zeros_like(x, dtype=dtype)]
+        for packing in packings:
+            initial = [packing.initial(state) for state in past]
+            hidden, states = self._run(packing.gather(x), initial, packing.cu_seqlens, keep_all)
+            out = [packing.scatter(h, into) for h, into in zip(hidden, out)]
+            results.append((packing, states))
+        return out, results
+
+
+class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
+    """`SubquadModel` and a read-out over the vocabulary, for training and `generate()`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: SubquadConfig) -> None:
+        super().__init__(config)
+        self.model = SubquadModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: SubquadCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and with labels the mean cross-entropy of the next token.
+
+        Arguments not named here are `SubquadModel.forward`'s.
+
+        Args:
+            labels: [B,T]; shifted inside, so pass input_ids. -100 takes a position out of the
+                loss. Only the labels decide what counts: set -100 at padding and at the first
+                token of each packed text, as transformers' collators do, or the model is also
+                asked to guess a text's start from the end of another.
+            logits_to_keep: logits of the last n positions only (0 for all), or of the positions
+                in a 1-D tensor.
+            kwargs: for the loss, such as the Trainer's `num_items_in_batch`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            cu_seqlens=cu_seqlens,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        last = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, last])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if inputs.get("past_key_values") is not None and not kwargs.get("is_first_iteration"):
+            # The padding is behind us: new tokens are real in every row, so spare the look.
+            inputs["attention_mask"] = None
+        return inputs
+
+    def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:
+        """None: positions are counted from the tokens, and need no checking if none are given."""
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise fail(
+                "cache_implementation",
+                repr(kind),
+                "None",
+                "leave it out: a SubquadCache is all it needs",
+            )
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = SubquadCache(self.config.num_hidden_layers)
+
+
+def _plan(
+    shape: tuple[int, int],
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    bounds: Tensor | None,
+    cache: SubquadCache | None,
+) -> list[Packing] | None:
+    """How the call's tokens divide into sequences; None if its rows are just that."""
+    past = 0 if cache is None else cache.get_seq_length()
+    lengths = None if cache is None else cache.lengths
+    empty = cache is not None and cache.has_empty_rows
+    if bounds is not None:
+        return pack_given(bounds, *shape, attention_mask, position_ids, lengths, empty)
+    return pack(*shape, attention_mask, position_ids, past, lengths, empty)
+
+
+def float32_names(layers: nn.ModuleList) -> set[str]:
+    """Patterns of what stays float32 when a model is loaded in half precision.
+
+    They are the parameters that mixers own themselves and not through a projection: decays, time
+    steps, skips. Over thousands of steps their rounding would add up.
+    """
+    mixers = (block.mixer for block in layers)
+    return {rf"mixer\.{name}$" for m in mixers for name, _ in m.named_parameters(recurse=False)}
