@@ -63,8 +63,8 @@ class Mixer(nn.Module, ABC):
                 nn.init.normal_(child.weight, std=0.02)
                 if child.bias is not None:
                     nn.init.zeros_(child.bias)
-            elif hasattr(child, "reset_parameters"):
-                child.reset_parameters()
+            elif callable(reset := getattr(child, "reset_parameters", None)):
+                reset()
 
     def check_inputs(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> State:
         """Raise ValueError for inputs that do not fit; return the state, {} for a fresh start."""

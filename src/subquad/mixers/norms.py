@@ -4,6 +4,8 @@ The weights follow the dtype of what they scale: under autocast only then does t
 run (it computes in float32 whatever comes).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -76,4 +78,5 @@ def l2_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
     The eps stands inside the root, as in the published models: `F.normalize` clamps instead, and
     differs for short keys.
     """
-    return F.rms_norm(x, x.shape[-1:], None, eps / x.shape[-1]) * x.shape[-1] ** -0.5
+    D = x.shape[-1]
+    return F.rms_norm(x, (D,), None, eps / D) * (1 / math.sqrt(D))
