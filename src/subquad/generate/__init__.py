@@ -1,1 +1,14 @@
+"""Text out of a model: a thin decode loop that streams, and whose memory does not grow with it.
 
+from subquad.generate import load, stream
+
+model, tokenizer = load("runs/gla")
+for piece in stream(model, tokenizer, "def fibonacci(", max_new_tokens=200, seed=0):
+    print(piece, end="", flush=True)
+"""
+
+from subquad.generate.load import load
+from subquad.generate.sample import choose
+from subquad.generate.stream import TextPieces, generate_tokens, stream
+
+__all__ = ["TextPieces", "choose", "generate_tokens", "load", "stream"]

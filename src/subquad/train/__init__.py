@@ -1,1 +1,25 @@
+"""Training on real text: a thin loop, deterministic data, checkpoints that survive anything.
 
+from subquad.train import TrainConfig, train
+
+result = train(TrainConfig(model="gla", steps=200), "runs/gla")
+result.bits_per_byte, result.tokens_per_second, result.losses
+"""
+
+from subquad.train.checkpoint import CheckpointError
+from subquad.train.config import TrainConfig
+from subquad.train.data import Corpus, load_corpus
+from subquad.train.loop import TrainResult, train
+from subquad.train.score import evaluate
+from subquad.train.session import TrainingError
+
+__all__ = [
+    "CheckpointError",
+    "Corpus",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingError",
+    "evaluate",
+    "load_corpus",
+    "train",
+]

@@ -1,0 +1,254 @@
+"""The command line. Each command parses and hands over; what it hands over to loads only then, so
+that `subquad --help` answers sooner than torch would have been imported."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from subquad import __version__
+
+HELP = """\
+Linear-time language models and the Transformer they rival: train them, hear them, compare them.
+
+Every model is a row of one table, and every command takes the row's name.
+To begin with (nothing is downloaded: the text is Python's own standard library):
+
+[cyan]subquad train runs/gla --mixer gla --steps 500[/cyan]
+
+[cyan]subquad generate runs/gla --prompt "def "[/cyan]
+
+Each command has examples of its own: [cyan]subquad train --help[/cyan].
+"""
+
+app = typer.Typer(
+    name="subquad",
+    help=HELP,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command line. What the user can mend is told in one line; a traceback is a bug."""
+    try:
+        app()
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        ours = type(error).__module__.startswith("subquad.")
+        if "--debug" in sys.argv or (isinstance(error, RuntimeError) and not ours):
+            raise
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"subquad {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Show the traceback of an error: subquad --debug train ..."),
+    ] = False,
+) -> None:
+    """Options that stand before the command. `main` looks for --debug itself."""
+
+
+MODEL, DATA, TRAINING = "The model", "The text", "The training"
+
+
+@app.command()
+def train(
+    run_dir: Annotated[
+        Path | None,
+        typer.Argument(help="Where the run goes: a new directory.", show_default="runs/ROW"),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue the run in RUN_DIR from its newest checkpoint."),
+    ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="Begin with the settings of another run: its directory or config.json."),
+    ] = None,
+    mixer: Annotated[
+        str | None,
+        typer.Option(
+            help="Row of the table for every layer.",
+            show_default="gated_deltanet",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            help="How many layers, or the row of each: mamba2,mamba2,softmax_attention.",
+            show_default="4",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    hidden_size: Annotated[
+        int | None,
+        typer.Option(help="Channels.", show_default="256", rich_help_panel=MODEL),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="stdlib (this Python's own library), a text file, a folder, or a .jsonl file of "
+            '{"text": ...} lines.',
+            show_default="stdlib",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            help="A Hugging Face tokenizer folder or a tokenizer.json.",
+            show_default="bytes",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(help="Tokens in a sequence.", show_default="256", rich_help_panel=DATA),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Sequences in a step.", show_default="8", rich_help_panel=DATA),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Optimizer steps.", show_default="1000", rich_help_panel=TRAINING),
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate.", show_default="0.003", rich_help_panel=TRAINING),
+    ] = None,
+    accumulate: Annotated[
+        int | None,
+        typer.Option(
+            help="Passes that a batch is spread over, when it does not fit in memory.",
+            show_default="1",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    eval_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps between held-out scores.", show_default="100", rich_help_panel=TRAINING
+        ),
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(
+            help="Steps between checkpoints.", show_default="100", rich_help_panel=TRAINING
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Of the weights and the order of the text.",
+            show_default="0",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="auto, cpu, cuda, cuda:1 ...", show_default="auto", rich_help_panel=TRAINING
+        ),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Any other field of TrainConfig, or of SubquadConfig after `model.`, as JSON: "
+            "--set weight_decay=0.05 --set model.norm_eps=1e-6. Repeatable.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+) -> None:
+    """Train a language model on real text.
+
+    Ctrl-C saves and stops; [cyan]--resume[/cyan] goes on from there, bit for bit on the CPU.
+    RUN_DIR gets config.json, metrics.jsonl (a line a step), checkpoints/ and, at the end, model/:
+    a Hugging Face folder.
+
+    [cyan]subquad train runs/gla --mixer gla --steps 500[/cyan]
+
+    [cyan]subquad train runs/hybrid --layers mamba2,mamba2,softmax_attention --data ~/texts[/cyan]
+
+    [cyan]subquad train runs/gla --resume --steps 2000[/cyan]
+    """
+    from subquad.train.command import train_command
+
+    given = {
+        "data": data,
+        "tokenizer": tokenizer,
+        "steps": steps,
+        "batch_size": batch_size,
+        "seq_len": seq_len,
+        "accumulate": accumulate,
+        "lr": lr,
+        "seed": seed,
+        "device": device,
+        "eval_every": eval_every,
+        "checkpoint_every": checkpoint_every,
+    }
+    model = {"mixer": mixer, "layers": layers, "hidden_size": hidden_size}
+    train_command(
+        run_dir,
+        given={name: value for name, value in given.items() if value is not None},
+        model={name: value for name, value in model.items() if value is not None},
+        settings=setting or [],
+        base=config,
+        resume=resume,
+    )
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="A run directory or a Hugging Face model folder.")],
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 256,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the likeliest token; higher is wilder.")
+    ] = 0.8,
+    top_p: Annotated[
+        float, typer.Option(help="Draw among the likeliest tokens that reach this probability.")
+    ] = 0.95,
+    seed: Annotated[
+        int | None, typer.Option(help="Makes the draw repeatable.", show_default="random")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+) -> None:
+    """Continue a prompt, printing as it goes.
+
+    With linear-time rows, memory stays the same however long the text gets. A run that is still
+    training speaks from its newest checkpoint.
+
+    [cyan]subquad generate runs/gla --prompt "import "[/cyan]
+
+    [cyan]subquad generate runs/gla --prompt "class " --temperature 0 --max-new-tokens 1000[/cyan]
+    """
+    from subquad.generate.command import generate_command
+
+    generate_command(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        device=device,
+    )

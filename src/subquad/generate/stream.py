@@ -1,0 +1,149 @@
+"""The decode loop: prefill in pieces, then one token at a time, text as soon as it is whole."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from subquad.generate.sample import choose
+
+_PREFILL = 2048  # tokens of the prompt per pass: bounds the memory that a long prompt takes
+_PATIENCE = 8  # tokens to wait for the rest of a character; UTF-8 never needs more than four bytes
+
+
+def stream(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int | None = None,
+) -> Iterator[str]:
+    """Yield the continuation of `prompt` piece by piece; the pieces joined are the whole text.
+
+    Stops at `max_new_tokens` or at the tokenizer's end of text. Characters that several tokens
+    make up come out whole; bytes that are no UTF-8 as U+FFFD. See `generate_tokens` for the rest.
+    """
+    ids = tokenizer.encode(prompt, add_special_tokens=False) or _first_id(tokenizer)
+    end = tokenizer.eos_token_id
+    tokens = generate_tokens(
+        model,
+        ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop_ids=() if end is None else (end,),
+    )
+    yield from _texts(tokens, TextPieces(tokenizer))
+
+
+def generate_tokens(
+    model: Any,
+    ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int | None = None,
+    stop_ids: Sequence[int] = (),
+) -> Iterator[int]:
+    """Yield new token ids after the prompt `ids`; works with any causal model of transformers.
+
+    Nothing is kept but the model's cache, so with linear-time rows memory does not grow. A seed
+    makes the draw repeatable; None draws afresh. A token of `stop_ids` ends it, unyielded.
+
+    Raises ValueError: an empty prompt, max_new_tokens < 0, temperature < 0, top_p outside [0, 1].
+    """
+    _check(len(ids) > 0, "ids", "an empty prompt", "at least one token, such as bos")
+    _check(max_new_tokens >= 0, "max_new_tokens", max_new_tokens, "0 or more")
+    _check(temperature >= 0, "temperature", temperature, "0 (the likeliest token) or more")
+    _check(0 <= top_p <= 1, "top_p", top_p, "a probability from 0 to 1")
+    return _decode(model, ids, max_new_tokens, temperature, top_p, seed, frozenset(stop_ids))
+
+
+@torch.inference_mode()
+def _decode(
+    model: Any,
+    ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+    stop_ids: frozenset[int],
+) -> Iterator[int]:
+    device = next(model.parameters()).device
+    generator = torch.Generator(device)
+    generator.seed() if seed is None else generator.manual_seed(seed)
+    cache = None
+    pending = torch.tensor([list(ids)], device=device)
+    for _ in range(max_new_tokens):
+        for piece in torch.split(pending, _PREFILL, dim=1):
+            output = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+        last = output.logits[0, -1]
+        token = choose(last, temperature=temperature, top_p=top_p, generator=generator)
+        if token in stop_ids:
+            return
+        yield token
+        pending = torch.tensor([[token]], device=device)
+
+
+class TextPieces:
+    """Turns token ids into text as they come, holding back what is not yet a whole character."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.spoken: list[
+            int
+        ] = []  # the last ids that were turned into text: they decide on spaces
+        self.held: list[int] = []
+
+    def push(self, token: int) -> str:
+        """The text that became certain with this token, perhaps none."""
+        self.held.append(token)
+        text = self._held_text()
+        if text.endswith("\ufffd") and len(self.held) < _PATIENCE:
+            return ""
+        return self._speak(text)
+
+    def flush(self) -> str:
+        """What was held back, at the end of the text."""
+        return self._speak(self._held_text()) if self.held else ""
+
+    def _held_text(self) -> str:
+        before = self._decode(self.spoken)
+        return self._decode(self.spoken + self.held)[len(before) :]
+
+    def _speak(self, text: str) -> str:
+        self.spoken, self.held = self.held, []
+        return text
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self.tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
+
+
+def _texts(tokens: Iterable[int], pieces: TextPieces) -> Iterator[str]:
+    for token in tokens:
+        if text := pieces.push(token):
+            yield text
+    if text := pieces.flush():
+        yield text
+
+
+def _first_id(tokenizer: Any) -> list[int]:
+    """What to start from when there is no prompt: what stands between documents in training."""
+    for token in (tokenizer.eos_token_id, tokenizer.bos_token_id):
+        if token is not None:
+            return [token]
+    return []
+
+
+def _check(ok: bool, name: str, came: object, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}: got {came!r}; expected {expected}")

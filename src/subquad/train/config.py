@@ -1,0 +1,140 @@
+"""What a training run is: one frozen dataclass that checks itself and goes to JSON and back."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from subquad.models import SubquadConfig
+
+# Settings that a resumed run may change: they decide how long and how carefully, never what the
+# steps already taken were. (More `steps` stretches the cosine, and the run says so.)
+RESUMABLE = frozenset({"steps", "eval_every", "checkpoint_every", "keep", "device", "accumulate"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that decides a run. The same on the same machine ends in the same weights.
+
+    Lengths are counted in tokens, batches in sequences, intervals in optimizer steps.
+    Raises ValueError naming the field, what came and what was expected.
+    """
+
+    model: "str | Mapping[str, Any] | SubquadConfig" = "gated_deltanet"
+    """A row name, the keywords of a SubquadConfig, or a SubquadConfig. Stored as the keywords."""
+    data: str = "stdlib"
+    """`stdlib` (Python's own library on this machine), a text file, a .jsonl file, or a folder."""
+    tokenizer: str | None = None
+    """None for bytes; else a Hugging Face tokenizer folder or a `tokenizer.json`."""
+
+    steps: int = 1000
+    batch_size: int = 8
+    """Sequences in one optimizer step."""
+    seq_len: int = 256
+    """Predicted tokens in one sequence."""
+    accumulate: int = 1
+    """Forward and backward passes that one batch is spread over; must divide `batch_size`."""
+
+    lr: float = 3e-3
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.1
+    """The cosine ends at `min_lr_ratio * lr`."""
+    warmup_steps: int | None = None
+    """Linear warmup; None means a tenth of the steps, at most 200."""
+    weight_decay: float = 0.1
+    """On matrices only: decays, biases, norms and whatever a mixer marks are exempt."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    grad_clip: float = 1.0
+    """Largest global gradient norm; 0 leaves gradients alone."""
+
+    seed: int = 0
+    device: str = "auto"
+    """`auto` (the GPU if there is one), `cpu`, `cuda`, `cuda:1` ..."""
+    precision: str = "auto"
+    """`float32`, `bf16` (autocast; the weights stay float32), or `auto`: bf16 on a GPU only."""
+
+    eval_every: int = 100
+    eval_tokens: int = 65_536
+    """Held-out tokens scored at each evaluation, in windows spread evenly over that text."""
+    checkpoint_every: int = 100
+    keep: int = 3
+    """Checkpoints kept. With 1 there is no older one to fall back on if it is damaged."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "model", _model_keywords(self.model))
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for name in ("steps", "batch_size", "seq_len", "accumulate", "eval_every", "eval_tokens",
+                     "checkpoint_every", "keep"):  # fmt: skip
+            _check(self, name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1,
+                   "an integer of at least 1")  # fmt: skip
+        _check(self, "seed", isinstance(self.seed, int) and 0 <= self.seed < 2**63,
+               "an integer from 0 to 2**63 - 1")  # fmt: skip
+        _check(self, "warmup_steps", self.warmup_steps is None or self.warmup_steps >= 0,
+               "None or an integer of at least 0")  # fmt: skip
+        _check(self, "lr", self.lr > 0, "a positive number")
+        _check(self, "min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "a number from 0 to 1")
+        _check(self, "weight_decay", self.weight_decay >= 0, "a number of at least 0")
+        _check(self, "grad_clip", self.grad_clip >= 0, "a number of at least 0 (0: no clipping)")
+        _check(self, "betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
+               "two numbers from 0 to below 1")  # fmt: skip
+        _check(self, "precision", self.precision in ("auto", "float32", "bf16"),
+               "auto, float32 or bf16")  # fmt: skip
+        _check(self, "accumulate", self.batch_size % self.accumulate == 0,
+               f"a divisor of batch_size={self.batch_size}")  # fmt: skip
+
+    @property
+    def model_keywords(self) -> dict[str, Any]:
+        """`model` as the keywords of a SubquadConfig, whatever it was given as."""
+        assert isinstance(self.model, dict)
+        return self.model
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "TrainConfig":
+        """Inverse of `to_json`. Raises ValueError on a key that no field has."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(
+                f"unknown training settings {unknown}; expected some of {sorted(known)}"
+            )
+        return cls(**values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "TrainConfig":
+        """Read a run directory's (or a file's) config. ValueError if it is not one."""
+        file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            return cls.from_json(values.get("train", values))
+        except FileNotFoundError:
+            raise ValueError(f"{file} does not exist, so {path} is no training run") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
+            raise ValueError(f"{file} is not a training config: {error}") from None
+
+    def differences(self, other: "TrainConfig") -> dict[str, tuple[Any, Any]]:
+        """Fields in which the two differ: name -> (self's value, other's)."""
+        mine, theirs = self.to_json(), other.to_json()
+        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+
+
+def _model_keywords(model: Any) -> dict[str, Any]:
+    if isinstance(model, str):
+        return {"mixer": model}
+    keywords = model.to_dict() if hasattr(model, "to_dict") else model
+    if not isinstance(keywords, Mapping):
+        raise ValueError(
+            f"model: got {type(model).__name__}; expected a row name, a dict of SubquadConfig's "
+            "keywords, or a SubquadConfig"
+        )
+    # There and back through JSON, so that a config read from a file equals the one written.
+    return dict(json.loads(json.dumps(dict(keywords))))
+
+
+def _check(config: TrainConfig, name: str, ok: bool, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}: got {getattr(config, name)!r}; expected {expected}")

@@ -1,0 +1,112 @@
+"""`train`: one function to read from top to bottom; what it names lies in session.py."""
+
+import math
+import statistics
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from subquad.train.build import build_model, pick_device
+from subquad.train.config import TrainConfig
+from subquad.train.data import Corpus, load_corpus
+from subquad.train.run import RunDirectory
+from subquad.train.session import Record, Session
+from subquad.train.signals import stop_on_signals
+
+
+@dataclass
+class TrainResult:
+    """What `train` hands back. `history` holds every record of the run, resumed parts included."""
+
+    config: TrainConfig
+    model: Any
+    tokenizer: Any
+    history: list[Record]
+    step: int
+    interrupted: bool
+    run_dir: Path | None
+
+    @property
+    def losses(self) -> list[float]:
+        """Training loss of every step, nats per token."""
+        return [r["loss"] for r in self.history if r["kind"] == "train"]
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Held-out bits per byte at the last evaluation; NaN before the first."""
+        evaluations = [r["bits_per_byte"] for r in self.history if r["kind"] == "eval"]
+        return evaluations[-1] if evaluations else math.nan
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Median training speed over the steps, evaluation and saving not counted; NaN if none."""
+        speeds = [r["tokens_per_second"] for r in self.history if r["kind"] == "train"]
+        return statistics.median(speeds) if speeds else math.nan
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+
+def train(
+    config: TrainConfig,
+    run_dir: str | Path | None = None,
+    *,
+    resume: bool = False,
+    on_event: Callable[[Record], None] | None = None,
+    corpus: Corpus | None = None,
+) -> TrainResult:
+    """Train the model that `config` describes; the same config on the same machine ends the same.
+
+    Args:
+        config: see TrainConfig.
+        run_dir: where metrics, checkpoints and the final model go; None writes nothing.
+        resume: continue the run in `run_dir` from its newest undamaged checkpoint. Bitwise on the
+            CPU: losses and weights are those of a run that was never interrupted.
+        on_event: called with every record: kind "train" and "eval" (which are the lines of
+            metrics.jsonl), "start", "checkpoint" and "message".
+        corpus: `load_corpus(config.data, tokenizer=config.tokenizer)`, to share it between runs.
+
+    Raises ValueError (bad config, data or directory), CheckpointError, TrainingError.
+    On SIGINT or SIGTERM the step is finished and saved, and the result says `interrupted`.
+    """
+    emit = on_event or (lambda record: None)
+    if resume and run_dir is None:
+        raise ValueError("resume: needs a run_dir to continue")
+    if corpus is None:
+        corpus = load_corpus(config.data, tokenizer=config.tokenizer)
+    corpus.check(config.seq_len)
+    device = pick_device(config.device)
+    with ExitStack() as stack:
+        # The caller's random numbers are none of our business, and ours none of theirs.
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        torch.manual_seed(config.seed)
+        model = build_model(config, corpus.tokenizer).to(device)
+        run = None
+        if run_dir is not None:
+            open_run = RunDirectory.reopen if resume else RunDirectory.create
+            run = stack.enter_context(open_run(run_dir, config))
+        session = Session(config, model, corpus, device, run, emit)
+        if resume:
+            session.restore()
+        session.begin()
+        stop = stack.enter_context(stop_on_signals())
+        while session.step < config.steps and not stop:
+            session.train_step()
+            if session.due(config.eval_every):
+                session.evaluate()
+            if session.due(config.checkpoint_every):
+                session.save()
+        if session.step != session.saved_step:  # stopped between two checkpoints
+            session.save()
+        interrupted = session.step < config.steps
+        if not interrupted:
+            session.finish()
+    path = None if run_dir is None else Path(run_dir)
+    return TrainResult(
+        config, model, corpus.tokenizer, session.history, session.step, interrupted, path
+    )

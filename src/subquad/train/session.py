@@ -1,0 +1,183 @@
+"""The moving parts of one run, and how a step, an evaluation and a checkpoint move them."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, load_model, save_file
+from torch import Tensor, nn
+
+from subquad.train import checkpoint
+from subquad.train.build import autocast_dtype
+from subquad.train.config import TrainConfig
+from subquad.train.data import Batches, Corpus
+from subquad.train.optimizer import (
+    learning_rate,
+    load_optimizer_tensors,
+    make_optimizer,
+    optimizer_tensors,
+)
+from subquad.train.rng import rng_state, set_rng_state
+from subquad.train.run import RunDirectory, save_model_folder
+from subquad.train.score import bits_per_byte, evaluate, token_losses
+
+Record = dict[str, Any]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot sensibly go on, as when the loss is not a number."""
+
+
+class Session:
+    """The moving parts of one run: everything that a step changes and a checkpoint holds."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Any,
+        corpus: Corpus,
+        device: torch.device,
+        run: RunDirectory | None,
+        emit: Callable[[Record], None],
+    ) -> None:
+        self.config, self.model, self.corpus, self.device = config, model, corpus, device
+        self.run, self.emit = run, emit
+        self.optimizer = make_optimizer(model, config)
+        self.batches = Batches(
+            corpus.train, batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed
+        )
+        self.autocast = autocast_dtype(config, device)
+        self.step = self.saved_step = 0
+        self.seconds = 0.0  # spent in training steps; evaluation and saving not counted
+        self.history: list[Record] = []
+
+    def due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.config.steps
+
+    def train_step(self) -> None:
+        """One optimizer step. Raises TrainingError, before the weights change, if loss or gradient
+        is not finite."""
+        began = time.perf_counter()
+        config = self.config
+        lr = learning_rate(self.step, config)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        inputs, targets, n_bytes = self.batches.batch(self.step)
+        loss = self._backward(inputs, targets)
+        limit = config.grad_clip or math.inf
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise TrainingError(
+                f"step {self.step + 1}: the loss is {loss} and the gradient's norm {norm}; "
+                f"a smaller lr than {config.lr} or a longer warmup may help"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        seconds = time.perf_counter() - began
+        self.seconds += seconds
+        self._record(
+            {
+                "kind": "train",
+                "step": self.step,
+                "loss": loss,
+                "bits_per_byte": bits_per_byte(loss * targets.numel(), n_bytes),
+                "lr": lr,
+                "grad_norm": norm,
+                "tokens": self.step * targets.numel(),
+                "seconds": round(self.seconds, 4),
+                "tokens_per_second": round(targets.numel() / seconds, 1),
+            }
+        )
+
+    def _backward(self, inputs: Tensor, targets: Tensor) -> float:
+        """Accumulate the gradient of the batch's mean loss; returns that loss, nats per token."""
+        total = torch.zeros((), device=self.device)
+        parts = self.config.accumulate
+        for x, y in zip(inputs.chunk(parts), targets.chunk(parts)):
+            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                loss = token_losses(self.model, x.to(self.device), y.to(self.device)).mean() / parts
+            torch.autograd.backward(loss)
+            total += loss.detach()
+        return total.item()
+
+    def evaluate(self) -> None:
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            scores = evaluate(
+                self.model,
+                self.corpus.heldout,
+                seq_len=self.config.seq_len,
+                batch_size=self.config.batch_size // self.config.accumulate,
+                tokens=self.config.eval_tokens,
+            )
+        self._record({"kind": "eval", "step": self.step, **scores})
+
+    def begin(self) -> None:
+        self.emit(
+            {
+                "kind": "start",
+                "step": self.step,
+                "steps": self.config.steps,
+                "parameters": sum(p.numel() for p in self.model.parameters()),
+                "train_tokens": len(self.corpus.train),
+                "heldout_tokens": len(self.corpus.heldout),
+                "device": str(self.device),
+            }
+        )
+
+    def save(self) -> None:
+        if self.run is None:
+            return
+        self.run.sync_metrics()
+        path = checkpoint.save(self.run.checkpoints, self.step, self._write, keep=self.config.keep)
+        self.saved_step = self.step
+        self.emit({"kind": "checkpoint", "step": self.step, "path": str(path)})
+
+    def _write(self, folder: Path) -> None:
+        """A checkpoint is a Hugging Face folder with the rest of the training state beside it."""
+        save_model_folder(self.model, self.corpus.tokenizer, folder)
+        save_file(optimizer_tensors(self.model, self.optimizer), folder / "optimizer.safetensors")
+        state = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "data": self.corpus.fingerprint,
+            "rng": rng_state(self.device),
+        }
+        (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+    def restore(self) -> None:
+        """Go back to the newest undamaged checkpoint, or to the start if none was ever written."""
+        assert self.run is not None
+        checkpoint.clean(self.run.checkpoints)
+        path = checkpoint.newest_good(self.run.checkpoints, self._say)
+        if path is not None:
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            if state["data"] != self.corpus.fingerprint:
+                raise ValueError(f"data: {self.corpus.source} is not what {path} was trained on")
+            load_model(self.model, path / "model.safetensors", device=str(self.device))
+            tensors = load_file(path / "optimizer.safetensors")
+            load_optimizer_tensors(self.model, self.optimizer, tensors)
+            set_rng_state(state["rng"], self.device)
+            self.step = self.saved_step = state["step"]
+            self.seconds = state["seconds"]
+            if self.step > self.config.steps:
+                raise ValueError(f"steps: got {self.config.steps}, but {path} is already beyond it")
+        self.history = self.run.rewind_metrics(self.step)
+        self._say(f"resuming after step {self.step}")
+
+    def finish(self) -> None:
+        if self.run is not None:
+            self.run.export(self.model, self.corpus.tokenizer)
+
+    def _record(self, record: Record) -> None:
+        self.history.append(record)
+        if self.run is not None:
+            self.run.record(record)
+        self.emit(record)
+
+    def _say(self, text: str) -> None:
+        self.emit({"kind": "message", "step": self.step, "text": text})
