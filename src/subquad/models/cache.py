@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -253,7 +254,7 @@ def _merge(old: State | None, updates: list[tuple[Packing, State]], rows: int) -
     for name, tensor in updates[0][1].items():
         parts = [packing.last_of(state[name]) for packing, state in updates]
         known = parts if old is None else [*parts, old[name]]
-        # Key-value states of different ages differ in width; they are padded at the end.
+        # Keys and values of different ages differ in width; rows end together, so the start grows.
         shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in known))]
         out = tensor.new_zeros(rows, *shape) if old is None else _widen(old[name], shape)
         for (packing, _), part in zip(updates, parts):
@@ -263,9 +264,8 @@ def _merge(old: State | None, updates: list[tuple[Packing, State]], rows: int) -
 
 
 def _widen(tensor: Tensor, shape: list[int]) -> Tensor:
-    """`tensor` with zeros at the end of each dimension but the first, up to `shape`."""
+    """`tensor` with zeros before the start of each dimension but the first, up to `shape`."""
     missing = [want - have for want, have in zip(shape, tensor.shape[1:])]
     if not any(missing):
         return tensor
-    padding = [amount for size in reversed(missing) for amount in (0, size)]
-    return torch.nn.functional.pad(tensor, padding)
+    return F.pad(tensor, [amount for size in reversed(missing) for amount in (size, 0)])

@@ -147,11 +147,7 @@ class SubquadConfig(PreTrainedConfig):
                 )
             if not isinstance(options, dict):
                 raise fail(f"mixer_options[{row!r}]", repr(options), "a dict", '{"num_heads": 4}')
-            known = [
-                p.name
-                for p in inspect.signature(MIXERS[row]).parameters.values()
-                if p.kind is p.KEYWORD_ONLY
-            ]
+            known = mixer_option_names(row)
             for option in options:
                 _check_choice(f"mixer_options[{row!r}]", option, known)
         for row in dict.fromkeys(self.rows):
@@ -164,6 +160,19 @@ class SubquadConfig(PreTrainedConfig):
                 MIXERS[row](self.hidden_size, **self.mixer_kwargs(row))
         except ValueError as error:
             raise ValueError(f"{row} with hidden_size={self.hidden_size}: {error}") from error
+
+
+def mixer_option_names(row: str) -> list[str]:
+    """The keywords that a row's constructor takes, its parents' included where it hands them on."""
+    names: list[str] = []
+    for cls in MIXERS[row].__mro__:
+        if "__init__" not in vars(cls):
+            continue
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        names += [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    return names
 
 
 def _check_integer(name: str, value: object, at_least: int) -> None:

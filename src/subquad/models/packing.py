@@ -66,8 +66,8 @@ class Packing:
         return tensor if self.final is None else tensor.index_select(0, self.final)
 
     def covers(self, rows: int) -> bool:
-        """All the cache's rows get a new state, in order (`rows` is sorted within a call)."""
-        return len(self.final_rows) == rows
+        """The sequences are the cache's rows one for one (`rows` is sorted within a call)."""
+        return self.final is None and len(self.rows) == rows
 
     def new_lengths(self, lengths: Tensor) -> Tensor:
         """[rows] tokens of each row's current sequence, after this call."""
