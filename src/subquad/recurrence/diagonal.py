@@ -1,0 +1,253 @@
+"""The selective scan: a diagonal recurrence whose step size, input and output depend on the token.
+
+Bt rows   T time   D channels   N state numbers a channel   S sequences (rows, or packed ones)
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from subquad.recurrence import scan
+from subquad.recurrence.validate import check_cu_seqlens, check_shape, check_tensor, choose, fail
+
+# How each form is computed, best first: "numba" walks over the tokens in compiled CPU code.
+FORMS = {"recurrent": ("numba", "reference"), "scan": ("torch",)}
+IMPLS = ("reference", "torch", "numba")
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    form: str = "auto",
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Mamba's recurrence (Gu and Dao 2023, section 3.3, algorithm 2; the B-bar = dt B of its code).
+
+        h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t        y_t = C_t . h_t + D x_t
+
+    Args:
+        x: [Bt,T,D], T >= 1.
+        dt: [Bt,T,D], the step sizes, positive (after the softplus).
+        A: [D,N], negative.
+        B, C: [Bt,T,N], shared by all channels.
+        D: [D], a skip from x; None means none.
+        state: [S,D,N], h before the first token; None means zeros.
+        cu_seqlens: [S+1] int, the bounds of S sequences packed in x (then Bt is 1).
+        form: "recurrent" (token by token), "scan" (parallel within chunks) or "auto".
+        impl: "reference" (recurrent), "numba" (recurrent, float32 on the CPU), "torch" (scan, any
+            device) or "auto".
+
+    Returns:
+        y [Bt,T,D] in x's dtype and the last h [S,D,N] in float32 (float64 if x is float64), as is
+        all arithmetic. Gradients flow through both and into `state`.
+
+    Raises:
+        ValueError: naming the argument that does not fit, and the fix.
+    """
+    S = _check(x, dt, A, B, C, D, state, cu_seqlens)
+    impl = _choose_impl(form, impl, x)
+    precise = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if D is None:
+        D = x.new_zeros(x.shape[2])
+    if state is None:
+        state = torch.zeros(S, *A.shape, dtype=precise, device=x.device)
+    inputs = [t.to(precise) for t in (x, dt, A, B, C, D, state)]
+    # Autocast would take the sums over N, and the state with them, to half precision.
+    with torch.autocast(x.device.type, enabled=False):
+        if x.shape[1] == 1 and impl != "reference":
+            y, last_state = _one_token(*inputs)
+        elif impl == "reference":
+            y, last_state = _reference(*inputs, cu_seqlens=cu_seqlens)
+        else:
+            save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+            y, last_state, _ = _scan_op(*inputs, cu_seqlens, impl, save)
+    return y.to(x.dtype), last_state
+
+
+def step(
+    x: Tensor,  # [Bt,D]
+    dt: Tensor,  # [Bt,D]
+    A: Tensor,  # [D,N]
+    B: Tensor,  # [Bt,N]
+    C: Tensor,  # [Bt,N]
+    D: Tensor,  # [D]
+    state: Tensor,  # [Bt,D,N]
+) -> tuple[Tensor, Tensor]:
+    """One token: the specification. Returns y [Bt,D] and the next state [Bt,D,N]."""
+    decay = torch.exp(dt[:, :, None] * A)  # [Bt,D,N]
+    state = decay * state + (dt * x)[:, :, None] * B[:, None, :]  # [Bt,D,N]
+    return (state * C[:, None, :]).sum(-1) + D * x, state
+
+
+def _reference(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The loop over tokens, one packed sequence after another."""
+    if cu_seqlens is not None:
+        bounds = cu_seqlens.tolist()
+        parts = []
+        for s, (i, j) in enumerate(pairwise(bounds)):
+            tokens = (t[:, i:j] for t in (B, C))
+            parts.append(_reference(x[:, i:j], dt[:, i:j], A, *tokens, D, state[s : s + 1]))
+        return torch.cat([y for y, _ in parts], 1), torch.cat([h for _, h in parts])
+    outputs = []
+    for t in range(x.shape[1]):
+        y, state = step(x[:, t], dt[:, t], A, B[:, t], C[:, t], D, state)
+        outputs.append(y)
+    return torch.stack(outputs, 1), state
+
+
+def _one_token(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Decoding: one step, in compiled code where that needs no gradient and no tracing."""
+    inputs = (x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state)
+    traced = torch.compiler.is_compiling() or type(x) is not Tensor
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    if x.device.type == "cpu" and x.dtype == torch.float32 and not traced and not grad:
+        from subquad.kernels import selective_scan_cpu
+
+        y, last_state = selective_scan_cpu.step(*inputs)
+    else:
+        y, last_state = step(*inputs)
+    return y[:, None], last_state
+
+
+def _choose_impl(form: str, impl: str, x: Tensor) -> str:
+    """The implementation to run, or ValueError if it does not exist for these arguments."""
+    choose("form", form, ("auto", *FORMS))
+    choose("impl", impl, ("auto", *IMPLS))
+    compiled = x.device.type == "cpu" and x.dtype != torch.float64
+    if impl == "numba" and not compiled:
+        got = f"'numba' with x of {x.dtype} on {x.device}"
+        raise fail("impl", got, "float32 or less on the CPU", "use impl='torch' or 'auto'")
+    if impl != "auto":
+        if form != "auto" and impl not in FORMS[form]:
+            raise fail("impl", repr(impl), f"one of {FORMS[form]} for form={form!r}", "form='auto'")
+        return impl
+    if form == "recurrent":
+        return "numba" if compiled else "reference"
+    return "numba" if form == "auto" and compiled else "torch"
+
+
+def _check(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> int:
+    """Raise ValueError for arguments that do not fit; return the number of sequences."""
+    Bt, T, channels = check_tensor("x", x, 3, "[Bt,T,D]").shape
+    if min(Bt, T, channels) < 1:
+        raise fail("x", f"shape {tuple(x.shape)}", "Bt, T and D >= 1", "skip the call")
+    check_shape("dt", check_tensor("dt", dt, 3, "[Bt,T,D]", x), (Bt, T, channels), "[Bt,T,D]")
+    N = check_tensor("A", A, 2, "[D,N]", x).shape[1]
+    if N < 1:
+        raise fail("A", f"shape {tuple(A.shape)}", "[D,N] with N >= 1", "give a state of some size")
+    check_shape("A", A, (channels, N), "[D,N]")
+    check_shape("B", check_tensor("B", B, 3, "[Bt,T,N]", x), (Bt, T, N), "[Bt,T,N]")
+    check_shape("C", check_tensor("C", C, 3, "[Bt,T,N]", x), (Bt, T, N), "[Bt,T,N]")
+    if D is not None:
+        check_shape("D", check_tensor("D", D, 1, "[D]", x), (channels,), "[D]")
+    S = Bt if cu_seqlens is None else check_cu_seqlens(cu_seqlens, T, Bt, x)
+    if state is not None:
+        check_tensor("state", state, 3, "[S,D,N]", x)
+        check_shape("state", state, (S, channels, N), "[S,D,N]")
+    return S
+
+
+def _form_module(impl: str) -> ModuleType:
+    """Where `forward`, `backward` and `checkpoint_shape` of an implementation are."""
+    if impl == "torch":
+        return scan
+    from subquad.kernels import selective_scan_cpu
+
+    return selective_scan_cpu
+
+
+@torch.library.custom_op("subquad::selective_scan", mutates_args=())
+def _scan_op(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    impl: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the last state and, if `save`, what the backward pass starts its chunks from."""
+    y, last_state, checkpoints = _form_module(impl).forward(
+        x, dt, A, B, C, D, state, cu_seqlens, save
+    )
+    return y, last_state, checkpoints
+
+
+@torch.library.custom_op("subquad::selective_scan_backward", mutates_args=())
+def _scan_backward_op(
+    dy: Tensor,
+    dlast: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    checkpoints: Tensor,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    gradients = _form_module(impl).backward(
+        dy, dlast, x, dt, A, B, C, D, state, cu_seqlens, checkpoints
+    )
+    dx, ddt, dA, dB, dC, dD, dstate = gradients
+    return dx, ddt, dA, dB, dC, dD, dstate
+
+
+@_scan_op.register_fake
+def _(x, dt, A, B, C, D, state, cu_seqlens, impl, save):  # type: ignore[no-untyped-def]
+    K, *shape = _form_module(impl).checkpoint_shape(x, A, state.shape[0])
+    checkpoints = x.new_empty(K if save else 0, *shape)
+    return x.new_empty(x.shape), x.new_empty(state.shape), checkpoints
+
+
+@_scan_backward_op.register_fake
+def _(dy, dlast, x, dt, A, B, C, D, state, cu_seqlens, checkpoints, impl):  # type: ignore[no-untyped-def]
+    return tuple(t.new_empty(t.shape) for t in (x, dt, A, B, C, D, state))
+
+
+def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, ctx.impl, _ = inputs
+    ctx.save_for_backward(*tensors, output[2])
+    ctx.set_materialize_grads(True)
+
+
+def _gradients(ctx, dy, dlast, _):  # type: ignore[no-untyped-def]
+    return *_scan_backward_op(dy, dlast, *ctx.saved_tensors, ctx.impl), None, None, None
+
+
+_scan_op.register_autograd(_gradients, setup_context=_setup)
