@@ -41,9 +41,8 @@ class SubquadPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # Children come first: what the mixer draws replaces what its projections were given.
         if isinstance(module, Mixer):
-            module.reset_parameters()
+            draw_missing(module)
         else:
             super()._init_weights(module)
 
@@ -272,6 +271,23 @@ def _plan(
     if bounds is not None:
         return pack_given(bounds, *shape, attention_mask, position_ids, lengths, empty)
     return pack(*shape, attention_mask, position_ids, past, lengths, empty)
+
+
+def draw_missing(mixer: Mixer) -> None:
+    """Start a mixer as published, all but what has just been loaded from a checkpoint.
+
+    Its projections come here with transformers' standard start, for children are visited first.
+    transformers marks each tensor that it loads and makes `torch.nn.init` skip those; a mixer may
+    fill parts of a tensor (a view bears no mark), so what was loaded is put back.
+    """
+    tensors = [*mixer.parameters(), *mixer.buffers()]
+    loaded = [t for t in tensors if getattr(t, "_is_hf_initialized", False)]
+    if len(loaded) == len(tensors):
+        return
+    values = [t.clone() for t in loaded]
+    mixer.reset_parameters()
+    for tensor, value in zip(loaded, values):
+        tensor.copy_(value)
 
 
 def float32_names(layers: nn.ModuleList) -> set[str]:
