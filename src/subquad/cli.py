@@ -252,3 +252,60 @@ def generate(
         seed=seed,
         device=device,
     )
+
+
+@app.command()
+def arena(
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows, with commas between.",
+            show_default="softmax_attention,mamba,mamba2,gla,gated_deltanet",
+        ),
+    ] = None,
+    parameters: Annotated[
+        str | None, typer.Option(help="Size of every model, within 2 %.", show_default="1M")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="As for train.", show_default="stdlib")] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Time for everything; sets the steps.", show_default="6"),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps of every row, whatever time they take.")
+    ] = None,
+    seq_len: Annotated[int | None, typer.Option(show_default="256")] = None,
+    batch_size: Annotated[int | None, typer.Option(show_default="8")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate of every row.", show_default="0.003")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(show_default="0")] = None,
+    device: Annotated[str | None, typer.Option(show_default="auto")] = None,
+    out: Annotated[Path, typer.Option(help="Where runs and report go.")] = Path("runs/arena"),
+) -> None:
+    """Train several rows alike and compare their quality, speed and memory.
+
+    Every row gets the same number of parameters, the same batches and the same steps. A table, a
+    sample of each and a report in HTML come out. Ctrl-C keeps the rows that are finished; the same
+    command goes on from there.
+
+    [cyan]subquad arena[/cyan]
+
+    [cyan]subquad arena --rows gla,retnet,deltanet --parameters 3M --minutes 30 --out runs/b[/cyan]
+    """
+    from subquad.arena.command import arena_command
+
+    settings = {
+        "rows": rows,
+        "parameters": parameters,
+        "data": data,
+        "minutes": minutes,
+        "steps": steps,
+        "seq_len": seq_len,
+        "batch_size": batch_size,
+        "lr": lr,
+        "seed": seed,
+        "device": device,
+    }
+    given = {name: value for name, value in settings.items() if value is not None}
+    raise typer.Exit(arena_command(out, given))
