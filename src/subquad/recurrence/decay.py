@@ -113,7 +113,7 @@ class HeadDecay:
         self.weights = segment.squeeze(-3).exp()  # [..,C,C], 0 above the diagonal
         self.start = prefix.squeeze(-3).exp()  # [..,C,1]
         self.end = suffix.squeeze(-3).exp()  # [..,C,1]
-        self.total = self.start[..., -1:, :]  # [..,1,1]
+        self.totals = self.start[..., -1:, :].unbind(3)  # of each chunk: [B|1,Hk,G,1,1]
 
     def scores(self, x: Tensor, y: Tensor, diagonal: bool, own: bool = True) -> Tensor:
         weights = self.weights
@@ -139,7 +139,7 @@ class HeadDecay:
         return shared_matmul(keys.mT, values * self.end)
 
     def carry(self, state: Tensor, n: int) -> Tensor:
-        return state * _chunk(self.total, n)
+        return state * self.totals[n if len(self.totals) > 1 else 0]
 
 
 class KeyDecay:
@@ -155,7 +155,7 @@ class KeyDecay:
         prefix, suffix = levels[-1]
         self.start = prefix.squeeze(-3).exp()  # [..,C,K]
         self.end = suffix.squeeze(-3).exp()  # [..,C,K]
-        self.total = self.start[..., -1:, :].mT  # [..,K,1]
+        self.totals = self.start[..., -1:, :].mT.unbind(3)  # of each chunk: [B|1,Hk,G,K,1]
 
     def scores(self, x: Tensor, y: Tensor, diagonal: bool, own: bool = True) -> Tensor:
         batch = torch.broadcast_shapes(x.shape[:-2], self.start.shape[:-2])
@@ -189,12 +189,7 @@ class KeyDecay:
         return self.writer(keys).mT @ values
 
     def carry(self, state: Tensor, n: int) -> Tensor:
-        return state * _chunk(self.total, n)
-
-
-def _chunk(x: Tensor, n: int) -> Tensor:
-    """Chunk n of [B,Hk,G,N|1,...]."""
-    return x[:, :, :, n if x.shape[3] > 1 else 0]
+        return state * self.totals[n if len(self.totals) > 1 else 0]
 
 
 def _bisect(log_decay: Tensor) -> list[tuple[Tensor, Tensor]]:

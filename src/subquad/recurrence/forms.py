@@ -69,12 +69,23 @@ def chunked(
         else:
             inside = _with_low_rank(qn, kn, vn, _at(a, cut), _at(b, cut), decay)
 
+        # One entry a chunk. (unbind, because the gradient of indexing is as large as the whole.)
+        written = None if inside.written is None else inside.written.unbind(3)
+        erasing = None
+        if inside.U is not None and inside.W is not None and inside.writer is not None:
+            erasing = list(zip(inside.U.unbind(3), inside.W.unbind(3), inside.writer.mT.unbind(3)))
         starts, reads = [], []
         for n in range(qn.shape[3]):
             S = grid.enter(S, initial, begin + n)
             starts.append(S)
-            S, x = _advance(S, inside, decay, n)
-            reads.append(x)
+            after = decay.carry(S, n)
+            if written is not None:
+                after = after + written[n]
+            if erasing is not None:
+                U, W, writer = erasing[n]
+                reads.append(U - W @ S)
+                after = after + writer @ reads[-1]
+            S = after
             if cu_seqlens is not None:
                 ends.append(S)
         o = decay.read(qn, torch.stack(starts, 3), own=bonus is None)
@@ -98,18 +109,6 @@ class _Inside(NamedTuple):
     W: Tensor | None = None  # [B,Hk,G,N,C,K]
     writer: Tensor | None = None  # [B,Hk,G,N,C,K]
     scores: Tensor | None = None  # [B,Hk,G,N,C,C]
-
-
-def _advance(S: Tensor, inside: _Inside, decay: Decay, n: int) -> tuple[Tensor, Tensor]:
-    """The state [B,Hk,G,K,V] over chunk n, and the reads X of its tokens (or an empty tensor)."""
-    x = S
-    after = decay.carry(S, n)
-    if inside.written is not None:
-        after = after + inside.written[:, :, :, n]
-    if inside.U is not None and inside.W is not None and inside.writer is not None:
-        x = inside.U[:, :, :, n] - inside.W[:, :, :, n] @ S
-        after = after + inside.writer[:, :, :, n].mT @ x
-    return after, x
 
 
 def _without_erase(
