@@ -102,6 +102,7 @@ def test_bfloat16_keeps_recurrence_parameters_in_float32(layers, ids, tmp_path) 
     assert (cast_again - again).abs().max() < 0.05 * want.abs().max()
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
 @pytest.mark.parametrize("layers", STACKS, ids="+".join)
 def test_gradient_checkpointing_changes_no_gradient(layers, ids) -> None:
     gradients = []
@@ -118,7 +119,7 @@ def test_gradient_checkpointing_changes_no_gradient(layers, ids) -> None:
 
 @pytest.mark.parametrize("layers", STACKS, ids="+".join)
 def test_gradients_flow_through_padding_and_cache(layers, ids) -> None:
-    """Training on a padded batch, and across calls (the state carries gradients), as on the whole."""
+    """A loss after padding, in a second call, has the gradients of the whole."""
     model = build(layers)
     parameters = list(model.parameters())
     labels = ids.clone()
@@ -332,18 +333,24 @@ def test_bad_calls(ids) -> None:
     jump = positions.clone()
     jump[1, 9:] += 1
     cases = [
-        (dict(), r"input_ids, inputs_embeds: got neither"),
-        (dict(input_ids=ids[:, :0]), r"input_ids: got shape \(2, 0\)"),
-        (dict(input_ids=ids, attention_mask=ones[None, None]), r"attention_mask.*cu_seqlens"),
-        (dict(input_ids=ids, attention_mask=ones[:, :-1]), r"attention_mask: got shape \(2, 16\)"),
-        (dict(input_ids=ids, attention_mask=2 * ones), r"attention_mask: got values such as 2"),
-        (dict(input_ids=ids, attention_mask=-1e9 * (positions > 9)), "attention_mask: got val"),
-        (dict(input_ids=ids, position_ids=jump), r"position_ids: got 10 in row 1; expected 9"),
-        (dict(input_ids=ids, position_ids=positions + 1), r"position_ids: got 1 in row 0"),
-        (dict(input_ids=ids, position_ids=positions[:, 1:]), r"position_ids: got shape \(2, 16\)"),
-        (dict(input_ids=ids, cu_seqlens=torch.tensor([0, 17])), r"cu_seqlens: got batch 2"),
-        (dict(input_ids=ids[:1], cu_seqlens=torch.tensor([0, 9, 9, 17])), r"cu_seqlens: .*incr"),
-        (dict(input_ids=ids, past_key_values=object()), r"past_key_values: got object"),
+        ({}, r"input_ids, inputs_embeds: got neither"),
+        ({"input_ids": ids[:, :0]}, r"input_ids: got shape \(2, 0\)"),
+        ({"input_ids": ids, "attention_mask": ones[None, None]}, r"attention_mask.*cu_seqlens"),
+        (
+            {"input_ids": ids, "attention_mask": ones[:, :-1]},
+            r"attention_mask: got shape \(2, 16\)",
+        ),
+        ({"input_ids": ids, "attention_mask": 2 * ones}, r"attention_mask: got values such as 2"),
+        ({"input_ids": ids, "attention_mask": -1e9 * (positions > 9)}, "attention_mask: got val"),
+        ({"input_ids": ids, "position_ids": jump}, r"position_ids: got 10 in row 1; expected 9"),
+        ({"input_ids": ids, "position_ids": positions + 1}, r"position_ids: got 1 in row 0"),
+        (
+            {"input_ids": ids, "position_ids": positions[:, 1:]},
+            r"position_ids: got shape \(2, 16\)",
+        ),
+        ({"input_ids": ids, "cu_seqlens": torch.tensor([0, 17])}, r"cu_seqlens: got batch 2"),
+        ({"input_ids": ids[:1], "cu_seqlens": torch.tensor([0, 9, 9, 17])}, r"cu_seqlens: .*incr"),
+        ({"input_ids": ids, "past_key_values": object()}, r"past_key_values: got object"),
     ]
     for kwargs, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -351,7 +358,7 @@ def test_bad_calls(ids) -> None:
     cache = model(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="past_key_values: got a cache of 2 rows"):
         model(ids[:1], past_key_values=cache)
-    packed = dict(input_ids=ids[:1], cu_seqlens=torch.tensor([0, 9, 17]))
+    packed = {"input_ids": ids[:1], "cu_seqlens": torch.tensor([0, 9, 17])}
     with pytest.raises(ValueError, match="attention_mask: got padding"):
         model(**packed, attention_mask=ones[:1] * (positions[:1] > 3))
     with pytest.raises(ValueError, match="position_ids: got 9 in row 1; expected 0"):

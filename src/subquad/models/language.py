@@ -232,9 +232,23 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        if inputs.get("past_key_values") is not None and not kwargs.get("is_first_iteration"):
+    # generate() reads in this signature that inputs_embeds are understood.
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        past_key_values: SubquadCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if past_key_values is not None and not is_first_iteration:
             # The padding is behind us: new tokens are real in every row, so spare the look.
             inputs["attention_mask"] = None
         return inputs
