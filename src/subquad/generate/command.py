@@ -2,11 +2,10 @@
 
 import sys
 
-import torch
 from transformers.utils import logging
 
+from subquad.generate.decode import stream
 from subquad.generate.load import load
-from subquad.generate.stream import stream
 
 
 def generate_command(
@@ -20,8 +19,6 @@ def generate_command(
     device: str,
 ) -> None:
     """Print the prompt and its continuation as it comes, nothing else, so that it can be piped."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model, tokenizer = load(path, device=device)
     pieces = stream(

@@ -5,23 +5,25 @@ from typing import Any
 
 import torch
 
+from subquad.models.device import pick_device  # subquad.models registers its Auto classes
 
-def load(path: str | Path, *, device: str = "cpu") -> tuple[Any, Any]:
+
+def load(path: str | Path, *, device: str = "auto") -> tuple[Any, Any]:
     """(model, tokenizer) of a run directory or a Hugging Face model folder, in evaluation mode.
 
-    A run that is not finished gives its newest checkpoint. Raises ValueError if there is no model.
+    A run that is not finished gives its newest checkpoint. Raises ValueError if there is no model
+    at `path` or no `device`.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    import subquad.models  # noqa: F401  (teaches the Auto classes the model type "subquad")
-
+    place = pick_device(device)
     folder = model_folder(Path(path))
     try:
         model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, KeyError) as error:
         raise ValueError(f"{folder} cannot be loaded: {error}") from None
-    return model.to(torch.device(device)).eval(), tokenizer
+    return model.to(place).eval(), tokenizer
 
 
 def model_folder(path: Path) -> Path:

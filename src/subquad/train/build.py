@@ -21,18 +21,6 @@ def build_model(config: TrainConfig, tokenizer: Any) -> Any:
     return SubquadForCausalLM(SubquadConfig.from_dict(keywords))
 
 
-def pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device: got {name!r}, which this machine cannot use: {reason}") from None
-    return device
-
-
 def autocast_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     return torch.bfloat16 if bf16 else None

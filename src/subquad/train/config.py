@@ -2,7 +2,8 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,25 +66,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "model", _model_keywords(self.model))
-        object.__setattr__(self, "betas", tuple(self.betas))
-        for name in ("steps", "batch_size", "seq_len", "accumulate", "eval_every", "eval_tokens",
-                     "checkpoint_every", "keep"):  # fmt: skip
-            _check(self, name, isinstance(getattr(self, name), int) and getattr(self, name) >= 1,
-                   "an integer of at least 1")  # fmt: skip
-        _check(self, "seed", isinstance(self.seed, int) and 0 <= self.seed < 2**63,
-               "an integer from 0 to 2**63 - 1")  # fmt: skip
-        _check(self, "warmup_steps", self.warmup_steps is None or self.warmup_steps >= 0,
-               "None or an integer of at least 0")  # fmt: skip
-        _check(self, "lr", self.lr > 0, "a positive number")
-        _check(self, "min_lr_ratio", 0 <= self.min_lr_ratio <= 1, "a number from 0 to 1")
-        _check(self, "weight_decay", self.weight_decay >= 0, "a number of at least 0")
-        _check(self, "grad_clip", self.grad_clip >= 0, "a number of at least 0 (0: no clipping)")
-        _check(self, "betas", len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
-               "two numbers from 0 to below 1")  # fmt: skip
-        _check(self, "precision", self.precision in ("auto", "float32", "bf16"),
-               "auto, float32 or bf16")  # fmt: skip
-        _check(self, "accumulate", self.batch_size % self.accumulate == 0,
-               f"a divisor of batch_size={self.batch_size}")  # fmt: skip
+        if isinstance(self.betas, list):  # as JSON gives it
+            object.__setattr__(self, "betas", tuple(self.betas))
+        for name, (accepts, expected) in _RULES.items():
+            if not accepts(getattr(self, name)):
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; expected {expected}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate: got {self.accumulate}; expected a divisor of "
+                f"batch_size={self.batch_size}"
+            )
 
     @property
     def model_keywords(self) -> dict[str, Any]:
@@ -135,6 +127,34 @@ def _model_keywords(model: Any) -> dict[str, Any]:
     return dict(json.loads(json.dumps(dict(keywords))))
 
 
-def _check(config: TrainConfig, name: str, ok: bool, expected: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}: got {getattr(config, name)!r}; expected {expected}")
+def _integer(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_Rule = tuple[Callable[[Any], bool], str]
+_COUNT: _Rule = (lambda v: _integer(v, 1), "an integer of at least 1")
+_NOT_NEGATIVE: _Rule = (lambda v: _number(v) and v >= 0, "a number of at least 0")
+_RULES: dict[str, _Rule] = {
+    **dict.fromkeys(("steps", "batch_size", "seq_len", "accumulate"), _COUNT),
+    **dict.fromkeys(("eval_every", "eval_tokens", "checkpoint_every", "keep"), _COUNT),
+    "lr": (lambda v: _number(v) and v > 0, "a positive number"),
+    "min_lr_ratio": (lambda v: _number(v) and 0 <= v <= 1, "a number from 0 to 1"),
+    "warmup_steps": (lambda v: v is None or _integer(v, 0), "None or an integer of at least 0"),
+    "weight_decay": _NOT_NEGATIVE,
+    "grad_clip": _NOT_NEGATIVE,
+    "betas": (
+        lambda v: (
+            isinstance(v, tuple) and len(v) == 2 and all(_number(b) and 0 <= b < 1 for b in v)
+        ),
+        "two numbers from 0 to below 1",
+    ),
+    "seed": (lambda v: _integer(v, 0) and v < 2**63, "an integer from 0 to 2**63 - 1"),
+    "precision": (lambda v: v in ("auto", "float32", "bf16"), "auto, float32 or bf16"),
+    "data": (lambda v: isinstance(v, str), "a string"),
+    "device": (lambda v: isinstance(v, str), "a string"),
+    "tokenizer": (lambda v: v is None or isinstance(v, str), "None or a string"),
+}

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from subquad.train.build import build_model, pick_device
+from subquad.models.device import pick_device
+from subquad.train.build import build_model
 from subquad.train.config import TrainConfig
 from subquad.train.data import Corpus, load_corpus
 from subquad.train.run import RunDirectory
@@ -88,12 +89,10 @@ def train(
         model = build_model(config, corpus.tokenizer).to(device)
         run = None
         if run_dir is not None:
-            open_run = RunDirectory.reopen if resume else RunDirectory.create
-            run = stack.enter_context(open_run(run_dir, config))
+            run = RunDirectory.reopen(run_dir, config) if resume else RunDirectory.create(run_dir)
+            stack.enter_context(run)
         session = Session(config, model, corpus, device, run, emit)
-        if resume:
-            session.restore()
-        session.begin()
+        session.begin(resume)
         stop = stack.enter_context(stop_on_signals())
         while session.step < config.steps and not stop:
             session.train_step()

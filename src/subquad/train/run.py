@@ -12,7 +12,7 @@ import os
 import platform
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -21,34 +21,35 @@ from subquad import __version__
 from subquad.train.checkpoint import sync, sync_tree
 from subquad.train.config import RESUMABLE, TrainConfig
 
+_LOCK, _UNFINISHED_CONFIG = ".lock", ".config-unfinished"
+
 
 class RunDirectory:
     """Holds the directory's lock while open; made by `create` or `reopen`."""
 
-    def __init__(self, path: Path, config: TrainConfig) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = _lock(path)
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
-        self._write_config(config)
         self._metrics_path = path / "metrics.jsonl"
-        self._metrics = self._metrics_path.open("ab")
+        self._metrics: BinaryIO | None = None
 
     @classmethod
-    def create(cls, path: str | Path, config: TrainConfig) -> "RunDirectory":
+    def create(cls, path: str | Path) -> "RunDirectory":
         """Make a new run directory. ValueError if `path` holds anything, or is not a directory."""
         path = Path(path)
         if path.exists() and not path.is_dir():
             raise ValueError(f"run_dir: {path} is a file; expected a new or empty directory")
-        if path.exists() and any(path.iterdir()):
-            fix = "--resume continues it" if (path / "config.json").exists() else "it is not a run"
+        if path.exists() and _holds_something(path):
+            fix = "--resume continues it" if (path / "config.json").exists() else "it is no run"
             raise ValueError(f"run_dir: {path} is not empty ({fix}); give another directory")
         path.mkdir(parents=True, exist_ok=True)
-        return cls(path, config)
+        return cls(path)
 
     @classmethod
     def reopen(cls, path: str | Path, config: TrainConfig) -> "RunDirectory":
-        """Open an existing run to continue it. ValueError if there is none or it was different."""
+        """Open a run to continue it. ValueError if there is none or its settings were others."""
         path = Path(path)
         if not path.is_dir():
             raise ValueError(f"run_dir: there is no run at {path} to resume")
@@ -61,17 +62,33 @@ class RunDirectory:
                     f"{name} was {old!r}, now {new!r}" for name, (new, old) in refused.items()
                 )
                 raise ValueError(f"resume: {path} began with other settings: {told}")
-        elif any(not p.name.startswith(".") for p in path.iterdir()):
+        elif _holds_something(path):
             raise ValueError(f"run_dir: {path} has no config.json, so it is no run to resume")
-        return cls(path, config)
+        return cls(path)
+
+    def start(self, config: TrainConfig) -> None:
+        """Save the settings, and the versions they run with; from here on `record` works."""
+        versions = {
+            "subquad": __version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        }
+        text = json.dumps({"train": config.to_json(), "versions": versions}, indent=1)
+        hidden = self.path / _UNFINISHED_CONFIG
+        hidden.write_text(text + "\n", encoding="utf-8")
+        sync(hidden)
+        hidden.rename(self.path / "config.json")
+        self._metrics = self._metrics_path.open("ab")
 
     def record(self, record: dict[str, Any]) -> None:
         """Append one line to the metrics, at once visible to readers and safe from a kill."""
+        assert self._metrics is not None, "not started"
         self._metrics.write(json.dumps(record).encode() + b"\n")
         self._metrics.flush()
 
     def sync_metrics(self) -> None:
         """Force the metrics to the disk: a checkpoint must not outlive the records before it."""
+        assert self._metrics is not None, "not started"
         os.fsync(self._metrics.fileno())
 
     def rewind_metrics(self, step: int) -> list[dict[str, Any]]:
@@ -79,19 +96,13 @@ class RunDirectory:
 
         One truncation of an ordered file: a kill during it leaves the old file or the new one.
         """
-        records: list[dict[str, Any]] = []
-        end = 0
+        if not self._metrics_path.exists():
+            return []
+        kept = [r for r in read_metrics(self._metrics_path) if r["step"] <= step]
         with self._metrics_path.open("rb") as lines:
-            for line in lines:
-                if not line.endswith(b"\n"):  # torn by a kill
-                    break
-                record = json.loads(line)
-                if record["step"] > step:
-                    break
-                records.append(record)
-                end += len(line)
+            end = sum(len(next(lines)) for _ in kept)
         os.truncate(self._metrics_path, end)
-        return records
+        return kept
 
     def export(self, model: Any, tokenizer: Any) -> None:
         """(Re)place RUN/model. A kill in between leaves the old folder, the new one, or none."""
@@ -104,24 +115,28 @@ class RunDirectory:
         hidden.rename(self.model)
         sync(self.path)
 
-    def _write_config(self, config: TrainConfig) -> None:
-        versions = {
-            "subquad": __version__,
-            "torch": str(torch.__version__),
-            "python": platform.python_version(),
-        }
-        text = json.dumps({"train": config.to_json(), "versions": versions}, indent=1)
-        hidden = self.path / ".config-unfinished"
-        hidden.write_text(text + "\n", encoding="utf-8")
-        sync(hidden)
-        hidden.rename(self.path / "config.json")
+    def withdraw_model(self) -> None:
+        """Remove RUN/model, which is no longer the newest once training goes on."""
+        shutil.rmtree(self.model, ignore_errors=True)
 
     def __enter__(self) -> "RunDirectory":
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._metrics.close()
+        if self._metrics is not None:
+            self._metrics.close()
         os.close(self._lock)
+
+
+def _holds_something(path: Path) -> bool:
+    """More, that is, than a run killed in its first instant leaves."""
+    return any(p.name not in (_LOCK, _UNFINISHED_CONFIG) for p in path.iterdir())
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, in order; a last line torn by a kill is left out."""
+    with Path(path).open("rb") as lines:
+        return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
 def save_model_folder(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -138,7 +153,7 @@ def save_model_folder(model: Any, tokenizer: Any, folder: Path) -> None:
 
 def _lock(path: Path) -> int:
     """Lock the directory for this process; the system frees the lock however the process ends."""
-    descriptor = os.open(path / ".lock", os.O_CREAT | os.O_RDWR)
+    descriptor = os.open(path / _LOCK, os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

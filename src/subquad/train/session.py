@@ -116,7 +116,14 @@ class Session:
             )
         self._record({"kind": "eval", "step": self.step, **scores})
 
-    def begin(self) -> None:
+    def begin(self, resume: bool) -> None:
+        """From the start or the newest checkpoint; only then do new settings replace old ones."""
+        if resume:
+            self._restore()
+        if self.run is not None:
+            self.run.start(self.config)
+            if self.step < self.config.steps:
+                self.run.withdraw_model()
         self.emit(
             {
                 "kind": "start",
@@ -149,7 +156,7 @@ class Session:
         }
         (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
-    def restore(self) -> None:
+    def _restore(self) -> None:
         """Go back to the newest undamaged checkpoint, or to the start if none was ever written."""
         assert self.run is not None
         checkpoint.clean(self.run.checkpoints)

@@ -1,0 +1,391 @@
+"""Generating text, and the command line from outside."""
+
+import codecs
+import gc
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from subquad import SubquadCache, SubquadConfig, SubquadForCausalLM
+from subquad.cli import app, main
+from subquad.generate import TextPieces, choose, generate_tokens, load, stream
+from subquad.generate.load import model_folder
+from subquad.models import ByteTokenizer
+from subquad.train import TrainConfig, train
+from subquad.train.command import parse_layers, parse_setting, settle
+
+BYTES = ByteTokenizer()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text("".join(f"line {i}: {i * i} is the square of {i}\n" for i in range(500)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(text, tmp_path_factory):
+    """The directory of a run that has been trained a little."""
+    path = tmp_path_factory.mktemp("runs") / "gla"
+    model = {"mixer": "gla", "hidden_size": 16, "num_hidden_layers": 1}
+    train(TrainConfig(model=model, data=str(text), steps=20, seq_len=32, device="cpu"), path)
+    return path
+
+
+def tiny(row, hidden_size=16):
+    torch.manual_seed(0)
+    config = SubquadConfig(mixer=row, hidden_size=hidden_size, num_hidden_layers=1)
+    return SubquadForCausalLM(config).eval()
+
+
+def take(model, count, **options):
+    return list(generate_tokens(model, list(b"prompt"), max_new_tokens=count, **options))
+
+
+# ---- decoding
+
+
+@pytest.mark.parametrize("row", ["gla", "gated_deltanet", "softmax_attention"])
+def test_greedy_decoding_is_what_transformers_generate_gives(row):
+    model = tiny(row)
+    ids = torch.tensor([list(b"prompt")])
+    expected = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None)
+    assert take(model, 40, temperature=0) == expected[0, ids.shape[1] :].tolist()
+
+
+def test_a_long_prompt_is_read_in_pieces(monkeypatch):
+    model = tiny("gla")
+    expected = take(model, 5, temperature=0)
+    monkeypatch.setattr("subquad.generate.decode._PREFILL", 4)
+    assert take(model, 5, temperature=0) == expected
+
+
+def test_a_seed_repeats_itself_and_another_does_not():
+    model = tiny("gla")
+    state = torch.get_rng_state()
+    first = take(model, 50, seed=1)
+    assert take(model, 50, seed=1) == first != take(model, 50, seed=2)
+    assert take(model, 50) != take(model, 50)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_stop_ids_end_it_unyielded():
+    model = tiny("gla")
+    free = take(model, 30, seed=3)
+    stop = free[10]
+    assert take(model, 30, seed=3, stop_ids=(stop,)) == free[: free.index(stop)]
+
+
+def test_choose_temperature_and_nucleus():
+    logits = torch.log(torch.tensor([0.1, 0.5, 0.0, 0.4]))
+    generator = torch.Generator().manual_seed(0)
+
+    def draws(temperature, top_p, count=4000):
+        tokens = [
+            choose(logits, temperature=temperature, top_p=top_p, generator=generator)
+            for _ in range(count)
+        ]
+        return torch.bincount(torch.tensor(tokens), minlength=4) / count
+
+    assert draws(0, 1.0, 10)[1] == 1
+    assert torch.allclose(draws(1.0, 1.0), torch.tensor([0.1, 0.5, 0.0, 0.4]), atol=0.04)
+    # 0.5 alone does not reach 0.8; with 0.4 it does, and 0.1 is out.
+    assert torch.allclose(draws(1.0, 0.8), torch.tensor([0.0, 5 / 9, 0.0, 4 / 9]), atol=0.04)
+    assert draws(1.0, 0.45)[1] == draws(1.0, 0.0, 10)[1] == 1
+    # Temperature 2 takes square roots.
+    roots = torch.tensor([0.1, 0.5, 0.0, 0.4]).sqrt()
+    assert torch.allclose(draws(2.0, 1.0), roots / roots.sum(), atol=0.04)
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"ids": []}, "ids"),
+        ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"temperature": -0.5}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+    ],
+)
+def test_bad_arguments_are_named_at_once(options, name):
+    arguments = {"ids": [1], "max_new_tokens": 3, **options}
+    with pytest.raises(ValueError, match=f"^{name}: got"):
+        generate_tokens(tiny("gla"), **arguments)  # not only when the first token is asked for
+
+
+# ---- text
+
+
+def texts(ids):
+    pieces = TextPieces(BYTES)
+    return [*(pieces.push(i) for i in ids), pieces.flush()]
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.text(max_size=60))
+def test_pieces_joined_are_the_text_and_characters_come_whole(text):
+    said = texts(text.encode())
+    assert "".join(said) == text
+    assert all(len(piece) <= 1 for piece in said)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.binary(max_size=60))
+def test_bytes_that_are_no_utf8_do_not_stop_the_stream(data):
+    said = "".join(texts(data))
+    # As many tokens may pass before one gives up waiting for the rest of a character.
+    expected = codecs.decode(data, "utf-8", "replace")
+    assert said.replace("\ufffd", "") == expected.replace("\ufffd", "")
+
+
+def test_stream_starts_from_nothing_and_survives_any_prompt():
+    model = tiny("gla")
+    for prompt in ("", "naïve \U0001f40d", "<|eos|>"):
+        assert "".join(stream(model, BYTES, prompt, max_new_tokens=20, seed=0))
+
+
+# ---- memory
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def tensor_bytes():
+    gc.collect()
+    return sum(o.nbytes for o in gc.get_objects() if type(o) is torch.Tensor)
+
+
+def cache_bytes():
+    (cache,) = (o for o in gc.get_objects() if type(o) is SubquadCache)
+    return sum(t.nbytes for state in cache.states for t in state.values())
+
+
+def measure_at(row, counts):
+    """(cache bytes, bytes of all tensors, resident bytes) after each of `counts` tokens."""
+    gc.collect()
+    tokens = generate_tokens(tiny(row), [1], max_new_tokens=counts[-1] + 1, temperature=0)
+    measured = []
+    for number, _ in enumerate(tokens, start=1):
+        if number in counts:
+            measured.append((cache_bytes(), tensor_bytes(), resident_bytes()))
+    return measured
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's /proc")
+def test_memory_does_not_grow_over_20000_tokens():
+    early, late = measure_at("gla", (1000, 20_000))
+    assert late[:2] == early[:2]
+    assert late[2] - early[2] < 4 << 20
+
+
+def test_memory_of_attention_does_grow():
+    """The same measurement sees a cache that grows, so that the test above means something."""
+    early, late = measure_at("softmax_attention", (100, 1000))
+    assert late[0] > 5 * early[0] and late[1] > early[1]
+
+
+# ---- loading
+
+
+def test_load_takes_a_run_its_model_or_a_checkpoint(finished):
+    newest = sorted((finished / "checkpoints").iterdir())[-1]
+    (a, tokenizer), (b, _), (c, _) = (load(p) for p in (finished, finished / "model", newest))
+    assert tokenizer.encode("abc") == list(b"abc")
+    for name, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[name])
+        assert torch.equal(value, c.state_dict()[name])
+
+
+def test_an_unfinished_run_speaks_from_its_newest_checkpoint(finished, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    source = sorted((finished / "checkpoints").iterdir())[-1]
+    for step in ("step-00000002", "step-00000010"):
+        (tmp_path / "checkpoints" / step).symlink_to(source)
+    assert model_folder(tmp_path).name == "step-00000010"
+
+
+def test_loading_nothing_says_so(tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds no model yet"):
+        load(tmp_path)
+
+
+# ---- the command line, in this process
+
+
+def test_settle_puts_options_over_the_base(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model": {"layers": ["gla", "mamba2"], "hidden_size": 64}, "steps": 7})
+    )
+    kept = settle(tmp_path, {"lr": 0.1}, {}, [])
+    assert (kept.steps, kept.lr, kept.model["layers"]) == (7, 0.1, ["gla", "mamba2"])
+    changed = settle(
+        tmp_path, {}, {"mixer": "gla", "hidden_size": 32}, ["keep=5", "model.norm_eps=1e-6"]
+    )
+    assert changed.keep == 5
+    assert changed.model == {"mixer": "gla", "hidden_size": 32, "norm_eps": 1e-6}
+    with pytest.raises(ValueError, match="unknown training settings"):
+        settle(None, {}, {}, ["stpes=3"])
+
+
+def test_layers_are_a_number_or_rows():
+    assert parse_layers("6") == {"num_hidden_layers": 6, "layers": None}
+    assert parse_layers("gla, mamba2") == {"layers": ["gla", "mamba2"], "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a=1", ("a", 1)),
+        ("a=b", ("a", "b")),
+        ('a={"b": 2}', ("a", {"b": 2})),
+        ("a=x=y", ("a", "x=y")),
+    ],
+)
+def test_settings_are_json_or_text(text, expected):
+    assert parse_setting(text) == expected
+
+
+@pytest.mark.parametrize("text", ["a", "=1", ""])
+def test_settings_without_a_name_or_value_are_refused(text):
+    with pytest.raises(ValueError, match="expected name=value"):
+        parse_setting(text)
+
+
+def test_help_states_the_defaults_that_hold():
+    """The help text repeats TrainConfig's defaults, so as not to import it."""
+    result = CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0
+    shown = dict(re.findall(r"--([a-z-]+) .*?\[default: \((.*?)\)\]", result.output))
+    defaults = TrainConfig().to_json()
+    shared = {option.replace("-", "_") for option in shown} & set(defaults)
+    assert {"steps", "lr", "batch_size", "seq_len", "eval_every", "data", "seed"} <= shared
+    for name in shared - {"tokenizer"}:
+        assert shown[name.replace("_", "-")] == str(defaults[name])
+    model = SubquadConfig()
+    assert shown["mixer"] == model.mixer == TrainConfig().model["mixer"]
+    assert shown["layers"] == str(model.num_hidden_layers)
+    assert shown["hidden-size"] == str(model.hidden_size)
+
+
+@pytest.fixture
+def subquad(monkeypatch, capfdbinary):
+    """Run the command line in this process: (exit status, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["subquad", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        output = capfdbinary.readouterr()
+        return exit.value.code, output.out.decode(), output.err.decode()
+
+    return run
+
+
+def test_generate_prints_prompt_and_text_alone(finished, subquad):
+    options = ("--prompt", "line 7é", "--max-new-tokens", 30, "--seed", 4)
+    status, said, errors = subquad("generate", finished, *options)
+    model, tokenizer = load(finished)
+    expected = "".join(stream(model, tokenizer, "line 7é", max_new_tokens=30, seed=4))
+    assert (status, said, errors) == (0, f"line 7é{expected}\n", "")
+
+
+def test_errors_are_one_line(finished, text, tmp_path, subquad):
+    (tmp_path / "empty.txt").touch()
+    commands = {
+        "is not empty": ("train", finished, "--data", text),
+        "did you mean": ("train", tmp_path / "a", "--data", text, "--mixer", "glaa"),
+        "holds no text": ("train", tmp_path / "b", "--data", tmp_path / "empty.txt"),
+        "name the run directory": ("train", "--resume"),
+        "keeps its own settings": ("train", finished, "--resume", "--config", finished),
+        "lr was 0.003, now 1.0": ("train", finished, "--resume", "--lr", 1),
+        "does not exist; expected a run": ("generate", tmp_path / "nowhere"),
+        "temperature: got -1.0": ("generate", finished, "--temperature", -1),
+        "device: got 'abacus'": ("generate", finished, "--device", "abacus"),
+        "Not a directory": ("train", text / "run", "--data", text),
+    }
+    for message, arguments in commands.items():
+        status, said, errors = subquad(*arguments)
+        assert status == 1 and said == "", arguments
+        assert errors.startswith("error: ") and errors.count("\n") == 1
+        assert message in errors
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+
+
+def test_debug_shows_the_traceback(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["subquad", "--debug", "generate", str(tmp_path)])
+    with pytest.raises(ValueError, match="holds no model"):
+        main()
+
+
+def test_train_with_options(text, tmp_path, subquad):
+    sizes = ("--layers", "gla,softmax_attention", "--hidden-size", 16, "--seq-len", 16)
+    extra = ("--batch-size", 2, "--set", "model.norm_eps=1e-6", "--set", "betas=[0.9, 0.99]")
+    status, _, said = subquad(
+        "train", tmp_path / "run", "--data", text, "--steps", 3, *sizes, *extra
+    )
+    assert status == 0 and "hybrid: 0.0" in said and "done: " in said
+    config = TrainConfig.load(tmp_path / "run")
+    assert config.betas == (0.9, 0.99) and config.batch_size == 2
+    model, _ = load(tmp_path / "run")
+    assert model.config.rows == ["gla", "softmax_attention"] and model.config.norm_eps == 1e-6
+
+
+# ---- the command line, from outside
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys, runpy; sys.argv = ['subquad', '--help']\n"
+        "try: runpy.run_module('subquad', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.endswith("[]\n") and "subquad train runs/gla" in result.stdout
+
+
+def test_ctrl_c_saves_and_resume_goes_on(text, tmp_path, subquad):
+    run = tmp_path / "run"
+    sizes = ("--hidden-size", 16, "--layers", 1, "--mixer", "gla", "--seq-len", 32)
+    arguments = ("train", run, "--data", text, "--steps", 400, *sizes, "--checkpoint-every", 1000)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "subquad", *map(str, arguments)],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    metrics, deadline = run / "metrics.jsonl", time.monotonic() + 100
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 3):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0
+    (saved,) = (run / "checkpoints").iterdir()
+    step = int(saved.name.removeprefix("step-"))
+    assert 3 <= step < 400 and f"stopped and saved after step {step}" in said
+    status, _, said = subquad("train", run, "--resume", "--steps", step + 5)
+    assert status == 0
+    assert f"resuming after step {step}" in said and "held-out bits/byte" in said
+    steps = [json.loads(line)["step"] for line in metrics.open() if '"train"' in line]
+    assert steps == list(range(1, step + 6))

@@ -1,0 +1,417 @@
+"""Training: it learns, it repeats itself exactly, and it refuses what it cannot do."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+from itertools import pairwise
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from subquad.train import CheckpointError, TrainConfig, TrainingError, load_corpus, train
+from subquad.train.optimizer import learning_rate, make_optimizer
+from subquad.train.rng import rng_state, set_rng_state
+from subquad.train.run import RunDirectory, read_metrics
+
+GLA = {"mixer": "gla", "hidden_size": 16, "num_hidden_layers": 1}
+HYBRID = {"layers": ["mamba2", "softmax_attention", "gated_deltanet"], "hidden_size": 32}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text("".join(f"line {i}: {i * i} is the square of {i}\n" for i in range(500)))
+    return path
+
+
+@pytest.fixture
+def config(text):
+    return TrainConfig(
+        model=GLA,
+        data=str(text),
+        steps=8,
+        batch_size=4,
+        seq_len=32,
+        eval_every=3,
+        eval_tokens=256,
+        checkpoint_every=3,
+        device="cpu",
+    )
+
+
+def interrupt_after(step, number=signal.SIGINT):
+    """An `on_event` that presses Ctrl-C while `step` is being reported."""
+
+    def on_event(record):
+        if record["kind"] == "train" and record["step"] == step:
+            os.kill(os.getpid(), number)
+
+    return on_event
+
+
+def untimed(records):
+    return [
+        {k: v for k, v in r.items() if k not in ("seconds", "tokens_per_second")} for r in records
+    ]
+
+
+def assert_same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- what it learns and reports
+
+
+def test_it_learns(config):
+    result = train(dataclasses.replace(config, steps=120, lr=1e-2))
+    assert result.losses[0] > 5
+    assert result.bits_per_byte < 2.5  # 8 to begin with; the letters' own entropy is about 3.4
+    assert result.tokens_per_second > 0 and not result.interrupted and result.run_dir is None
+
+
+def test_records_and_result_agree(config, tmp_path):
+    events = []
+    result = train(config, tmp_path / "run", on_event=events.append)
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert lines == result.history == [e for e in events if e["kind"] in ("train", "eval")]
+    assert [r["step"] for r in lines if r["kind"] == "train"] == list(range(1, 9))
+    assert [r["step"] for r in lines if r["kind"] == "eval"] == [3, 6, 8]
+    assert [e["step"] for e in events if e["kind"] == "checkpoint"] == [3, 6, 8]
+    assert result.bits_per_byte == lines[-1]["bits_per_byte"]
+    assert (
+        result.parameters
+        == events[0]["parameters"]
+        == sum(p.numel() for p in result.model.parameters())
+    )
+
+
+def test_bits_per_byte_of_byte_tokens_is_the_loss_in_bits(config):
+    record = train(dataclasses.replace(config, steps=1)).history[0]  # one document: no separators
+    assert record["bits_per_byte"] == pytest.approx(record["loss"] / math.log(2))
+
+
+def test_bits_per_byte_counts_bytes_whatever_the_tokenizer(config, text, tmp_path):
+    from tokenizers import Tokenizer, models, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=300, show_progress=False)
+    tokenizer.train_from_iterator([text.read_text()], trainer)
+    path = tmp_path / "tokenizer.json"
+    tokenizer.save(str(path))
+    result = train(dataclasses.replace(config, steps=1, tokenizer=str(path), eval_tokens=1 << 20))
+    score = result.history[-1]
+    corpus = load_corpus(str(text), tokenizer=str(path))
+    assert len(corpus.heldout) < 0.6 * corpus.heldout.byte_counts.sum()
+    assert score["bytes"] > score["tokens"] / 0.6
+    assert score["bits_per_byte"] == pytest.approx(
+        score["loss"] * score["tokens"] / math.log(2) / score["bytes"]
+    )
+
+
+def test_accumulation_changes_the_memory_not_the_step(config):
+    whole = train(dataclasses.replace(config, steps=3))
+    parts = train(dataclasses.replace(config, steps=3, accumulate=4))
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
+
+
+def test_bf16_autocast_keeps_float32_weights(config):
+    result = train(dataclasses.replace(config, steps=3, precision="bf16"))
+    exact = train(dataclasses.replace(config, steps=3))
+    assert result.losses != exact.losses
+    assert result.losses == pytest.approx(exact.losses, rel=0.02)
+    assert {p.dtype for p in result.model.parameters()} == {torch.float32}
+
+
+def test_rows_see_the_same_batches(config, monkeypatch):
+    from subquad.train.data import Batches
+
+    seen = {}
+    batch = Batches.batch
+
+    def spy(self, step):
+        seen.setdefault(row, []).append(batch(self, step)[0])
+        return batch(self, step)
+
+    monkeypatch.setattr(Batches, "batch", spy)
+    for row in ("gla", "deltanet"):
+        train(dataclasses.replace(config, model={**GLA, "mixer": row}, steps=4))
+    assert all(torch.equal(a, b) for a, b in zip(seen["gla"], seen["deltanet"]))
+
+
+def test_the_model_may_be_a_subquad_config_or_a_row(config):
+    from subquad import SubquadConfig
+
+    small = SubquadConfig(**GLA)
+    a = train(dataclasses.replace(config, model=small, steps=2))
+    b = train(dataclasses.replace(config, model=GLA, steps=2))
+    assert a.losses == b.losses
+    assert TrainConfig(model="gla") == TrainConfig(model={"mixer": "gla"})
+
+
+def test_the_final_model_is_an_ordinary_hugging_face_folder(config, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    result = train(config, tmp_path / "run")
+    folder = tmp_path / "run" / "model"
+    model, tokenizer = (
+        cls.from_pretrained(folder) for cls in (AutoModelForCausalLM, AutoTokenizer)
+    )
+    ids = tokenizer("line 7: 49", return_tensors="pt").input_ids
+    assert ids.tolist() == [list(b"line 7: 49")]
+    assert_same_weights(model, result.model)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids).logits, result.model.eval()(ids).logits)
+    assert [p.name for p in (tmp_path / "run").iterdir() if "unfinished" in p.name] == []
+
+
+# ---- optimizer
+
+
+def test_only_matrices_decay(config):
+    from subquad import SubquadConfig, SubquadForCausalLM
+
+    rows = ["mamba2", "gated_deltanet"]
+    model = SubquadForCausalLM(SubquadConfig(layers=rows, hidden_size=32))
+    decaying, exempt = make_optimizer(model, config).param_groups
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert decaying["weight_decay"] == 0.1 and exempt["weight_decay"] == 0
+    assert len(decaying["params"]) + len(exempt["params"]) == len(names)
+    assert all(p.ndim >= 2 for p in decaying["params"])
+    free = {names[id(p)].rsplit(".", 1)[-1] for p in exempt["params"]}
+    assert {"A_log", "dt_bias", "D"} <= free
+    matrix = torch.nn.Linear(2, 2, bias=False)
+    matrix.weight._no_weight_decay = True
+    (only,) = make_optimizer(matrix, config).param_groups
+    assert only["weight_decay"] == 0
+
+
+def test_schedule_warms_up_and_falls():
+    config = TrainConfig(steps=100, warmup_steps=10, lr=1.0, min_lr_ratio=0.1)
+    rates = [learning_rate(step, config) for step in range(101)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert (
+        rates[10] == 1.0 and rates[55] == pytest.approx(0.55) and rates[100] == pytest.approx(0.1)
+    )
+    assert all(a > b for a, b in pairwise(rates[10:]))
+
+
+# ---- resuming
+
+
+@pytest.mark.parametrize("model", [GLA, HYBRID], ids=["gla", "hybrid"])
+def test_resume_is_bitwise(config, tmp_path, model):
+    """Stopped twice, once between checkpoints, once by SIGTERM: the same records and weights."""
+    config = dataclasses.replace(config, model=model)
+    expected = train(config, tmp_path / "whole")
+    first = train(config, tmp_path / "cut", on_event=interrupt_after(2))
+    assert first.interrupted and first.step == 2
+    second = train(
+        config, tmp_path / "cut", resume=True, on_event=interrupt_after(6, signal.SIGTERM)
+    )
+    assert second.interrupted and second.step == 6
+    last = train(config, tmp_path / "cut", resume=True)
+    assert not last.interrupted and last.step == 8
+    assert_same_weights(last.model, expected.model)
+    assert untimed(last.history) == untimed(expected.history)
+    assert last.history == read_metrics(tmp_path / "cut" / "metrics.jsonl")
+
+
+def test_resuming_a_finished_run_changes_nothing(config, tmp_path):
+    done = train(config, tmp_path / "run")
+    again = train(config, tmp_path / "run", resume=True)
+    assert again.history == done.history
+    assert_same_weights(again.model, done.model)
+
+
+def test_more_steps_continue_a_finished_run(config, tmp_path):
+    done = train(config, tmp_path / "run")
+    longer = dataclasses.replace(config, steps=12)
+    train(longer, tmp_path / "run", resume=True, on_event=interrupt_after(10))
+    assert not (tmp_path / "run" / "model").exists()  # it would be the old one
+    more = train(longer, tmp_path / "run", resume=True)
+    assert more.step == 12 and more.losses[:8] == done.losses and len(more.losses) == 12
+    assert TrainConfig.load(tmp_path / "run").steps == 12
+    with pytest.raises(ValueError, match=r"steps: got 8, but .* already beyond"):
+        train(config, tmp_path / "run", resume=True)
+    assert TrainConfig.load(tmp_path / "run").steps == 12
+
+
+def test_a_damaged_checkpoint_is_told_and_the_previous_one_used(config, tmp_path):
+    expected = train(config, tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "step-00000008" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 4
+    file.write_bytes(data)
+    load_file(file)  # safetensors itself does not notice
+    events = []
+    result = train(config, tmp_path / "run", resume=True, on_event=events.append)
+    said = [e["text"] for e in events if e["kind"] == "message"]
+    assert "step-00000008/model.safetensors is damaged" in said[0]
+    assert said[1] == "resuming after step 6"
+    assert_same_weights(result.model, expected.model)
+    assert untimed(result.history) == untimed(expected.history)
+
+
+def test_random_state_goes_there_and_back():
+    device = torch.device("cpu")
+    state = json.loads(json.dumps(rng_state(device)))
+    drawn = torch.rand(5)
+    set_rng_state(state, device)
+    assert torch.equal(torch.rand(5), drawn)
+
+
+def test_the_callers_random_numbers_and_signals_are_left_alone(config):
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    state = torch.get_rng_state()
+    train(dataclasses.replace(config, steps=1, seed=5))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_second_ctrl_c_insists(config, tmp_path):
+    def twice(record):
+        if record["kind"] == "train" and record["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run", on_event=twice)
+
+
+# ---- what it refuses
+
+
+def test_a_directory_with_something_in_it_is_left_alone(config, tmp_path):
+    (tmp_path / "mine").write_text("precious")
+    with pytest.raises(ValueError, match="is not empty"):
+        train(config, tmp_path)
+    with pytest.raises(ValueError, match="no run to resume"):
+        train(config, tmp_path, resume=True)
+    with pytest.raises(ValueError, match="is a file"):
+        train(config, tmp_path / "mine")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("mine", "precious")]
+
+
+def test_an_existing_run_is_neither_overwritten_nor_contradicted(config, text, tmp_path):
+    train(dataclasses.replace(config, steps=1), tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="--resume continues it"):
+        train(config, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"other settings: lr was 0\.003, now 0\.5"):
+        train(dataclasses.replace(config, lr=0.5), tmp_path / "run", resume=True)
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text().replace("square", "SQUARE"))
+    text_before = text.read_text()
+    try:
+        text.write_text(other.read_text())
+        with pytest.raises(ValueError, match=r"is not what .* was trained on"):
+            train(config, tmp_path / "run", resume=True)
+    finally:
+        text.write_text(text_before)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_two_processes_cannot_train_in_one_directory(config, tmp_path):
+    with (
+        RunDirectory.create(tmp_path / "run"),
+        pytest.raises(ValueError, match="another process is training"),
+    ):
+        train(config, tmp_path / "run", resume=True)
+    train(config, tmp_path / "run", resume=True)  # never began: starts at the beginning
+
+
+def test_resume_needs_a_run(config, tmp_path):
+    with pytest.raises(ValueError, match="there is no run at"):
+        train(config, tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match="needs a run_dir"):
+        train(config, resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(config, tmp_path):
+    wild = dataclasses.replace(config, lr=1e30, warmup_steps=0, grad_clip=0.0, checkpoint_every=1)
+    with pytest.raises(TrainingError, match=r"step \d: the loss is .* a smaller lr"):
+        train(wild, tmp_path / "run")
+
+
+def test_a_full_disk_is_one_clear_error_and_costs_no_checkpoint(config, tmp_path, monkeypatch):
+    """Writing fails at the second checkpoint; what was saved before resumes to the same end."""
+    expected = train(config, tmp_path / "whole")
+
+    def full(model, tokenizer, folder):
+        raise OSError(28, "No space left on device")
+
+    def fill_disk(record):
+        if record["kind"] == "checkpoint":
+            monkeypatch.setattr("subquad.train.session.save_model_folder", full)
+
+    with pytest.raises(CheckpointError, match=r"No space left.*step-00000003"):
+        train(config, tmp_path / "run", on_event=fill_disk)
+    monkeypatch.undo()
+    result = train(config, tmp_path / "run", resume=True)
+    assert_same_weights(result.model, expected.model)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("steps", 0),
+        ("batch_size", -1),
+        ("seq_len", 2.5),
+        ("lr", 0.0),
+        ("lr", math.nan),
+        ("min_lr_ratio", 2.0),
+        ("warmup_steps", -1),
+        ("weight_decay", -0.1),
+        ("betas", (0.9, 1.0)),
+        ("betas", (0.9,)),
+        ("betas", 0.9),
+        ("grad_clip", -1.0),
+        ("precision", "fp8"),
+        ("accumulate", 3),
+        ("seed", -1),
+        ("keep", 0),
+        ("model", 3),
+        ("steps", "many"),
+        ("lr", "fast"),
+        ("data", 3),
+        ("eval_every", True),
+    ],
+)
+def test_bad_settings_are_named(field, value):
+    with pytest.raises(ValueError, match=f"^{field}: got"):
+        TrainConfig(**{field: value})
+
+
+def test_bad_models_and_devices_are_named(config):
+    with pytest.raises(ValueError, match="mixer"):
+        train(dataclasses.replace(config, model="gpt5"))
+    with pytest.raises(ValueError, match="vocab_size is 100"):
+        train(dataclasses.replace(config, model={**GLA, "vocab_size": 100}))
+    with pytest.raises(ValueError, match="device: got 'abacus'"):
+        train(dataclasses.replace(config, device="abacus"))
+
+
+def test_config_goes_to_json_and_back(config, tmp_path):
+    train(dataclasses.replace(config, steps=1), tmp_path / "run")
+    assert TrainConfig.load(tmp_path / "run") == dataclasses.replace(config, steps=1)
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert saved["versions"]["torch"] == torch.__version__
+    with pytest.raises(ValueError, match=r"unknown training settings \['stpes'\]"):
+        TrainConfig.from_json({"stpes": 3})
+    with pytest.raises(ValueError, match="no training run"):
+        TrainConfig.load(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="not a training config"):
+        TrainConfig.load(tmp_path)
