@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import DynamicCache
 
 from subquad.mixers import MIXERS
@@ -103,7 +105,11 @@ def test_second_turn(model, ids) -> None:
     assert cache.get_seq_length() == 11 + NEW - 1  # the last token is yet to be read
     conversation = torch.cat([first.sequences, ids[:, :5]], dim=1)
     want = greedily(model, conversation)
-    for options in ({}, {"prefill_chunk_size": 2}):
+    ways: list[dict] = [{}]
+    if Version(transformers.__version__) >= Version("5.23"):
+        # Before (seen in 5.17) it cut the mask as if nothing had been read; we refuse such a mask.
+        ways.append({"prefill_chunk_size": 2})
+    for options in ways:
         got = model.generate(
             conversation,
             past_key_values=copy.copy(cache),

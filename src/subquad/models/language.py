@@ -236,6 +236,7 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
+        next_sequence_length: int | None = None,
         past_key_values: SubquadCache | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool = False,
@@ -243,12 +244,14 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(
             input_ids,
+            next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if past_key_values is not None and not is_first_iteration:
+        decoding = next_sequence_length == 1 and not is_first_iteration
+        if decoding and past_key_values is not None:
             # The padding is behind us: new tokens are real in every row, so spare the look.
             inputs["attention_mask"] = None
         return inputs
