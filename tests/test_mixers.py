@@ -25,6 +25,7 @@ OPTIONS: dict[str, list[dict]] = {
     ],
     "retnet": [{"num_heads": 4}],
     "gla": [{"num_heads": 2}],
+    "mamba": [{"state_size": 4}, {"state_size": 3, "conv_bias": False, "bias": True}],
     "mamba2": [
         {"head_dim": 16, "state_size": 8, "num_groups": 2},
         {"head_dim": 32, "state_size": 8, "conv_bias": False, "bias": True},

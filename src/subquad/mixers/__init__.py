@@ -6,6 +6,7 @@ from subquad.mixers.deltanet import DeltaNet
 from subquad.mixers.gated_deltanet import GatedDeltaNet
 from subquad.mixers.gla import GLA
 from subquad.mixers.linear_attention import LinearAttention
+from subquad.mixers.mamba import Mamba
 from subquad.mixers.mamba2 import Mamba2
 from subquad.mixers.retnet import RetNet
 
@@ -15,6 +16,7 @@ _CLASSES: tuple[type[Mixer], ...] = (
     LinearAttention,
     RetNet,
     GLA,
+    Mamba,
     Mamba2,
     DeltaNet,
     GatedDeltaNet,
@@ -29,6 +31,7 @@ __all__ = [
     "DeltaNet",
     "GatedDeltaNet",
     "LinearAttention",
+    "Mamba",
     "Mamba2",
     "Mixer",
     "RetNet",

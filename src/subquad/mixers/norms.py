@@ -4,8 +4,6 @@ The weights follow the dtype of what they scale: under autocast only then does t
 run (it computes in float32 whatever comes).
 """
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -76,7 +74,8 @@ def l2_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x / sqrt(|x|^2 + eps) over the last dimension: what keeps a delta rule's keys at norm 1.
 
     The eps stands inside the root, as in the published models: `F.normalize` clamps instead, and
-    differs for short keys.
+    differs for short keys. The norm is float32 (float64 for float64): keys longer than 1 diverge.
     """
-    D = x.shape[-1]
-    return F.rms_norm(x, (D,), None, eps / D) * (1 / math.sqrt(D))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    return x * torch.rsqrt(norm * norm + eps).to(x.dtype)
