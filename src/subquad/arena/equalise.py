@@ -16,6 +16,19 @@ TOLERANCE = 0.02
 _ASPECT = 40
 _MLP_RATIO = 8 / 3  # a gated MLP of this width has the parameters of a plain one of width 4
 _MLP_STEP = 8
+# Even hidden sizes are tried where no multiple of 16 has good proportions: rows without an MLP
+# have no width to make up the difference.
+_HIDDEN_STEPS = (16, 2)
+_GOOD = 0.5  # distance from the usual proportions below which no other is looked for
+_NARROW = 512
+# Published head counts and state sizes are for hidden sizes of 1024 and more. In a narrow model
+# they would leave heads of few channels, or a state out of proportion to the layer around it.
+_NARROW_OPTIONS: dict[str, dict[str, Any]] = {
+    "gated_deltanet": {"num_heads": 2},
+    "gla": {"num_heads": 2},
+    "mamba2": {"head_dim": 32, "state_size": 72},
+    "retnet": {"num_heads": 2},
+}
 
 
 def equal_shape(row: str, parameters: int, vocab_size: int) -> Shape:
@@ -31,12 +44,18 @@ def equal_shape(row: str, parameters: int, vocab_size: int) -> Shape:
     """
     if row not in MIXERS:
         raise ValueError(f"rows: there is no row {row!r}; expected some of {', '.join(MIXERS)}")
-    for _, model in sorted(_candidates(row, parameters, vocab_size), key=lambda pair: pair[0]):
-        built = _build(model, vocab_size)
-        count = count_parameters(built)
-        if abs(count - parameters) <= TOLERANCE * parameters:
-            embedding = built.get_input_embeddings().weight.numel()
-            return Shape(row, count, embedding, model)
+    found: list[tuple[float, Shape]] = []
+    for step in _HIDDEN_STEPS:
+        candidates = _candidates(row, parameters, vocab_size, step)
+        for distance, model in sorted(candidates, key=_distance):
+            shape = _count(row, model, vocab_size)
+            if abs(shape.parameters - parameters) <= TOLERANCE * parameters:
+                found.append((distance, shape))
+                break
+        if found and min(found, key=_distance)[0] < _GOOD:
+            break
+    if found:
+        return min(found, key=_distance)[1]
     raise ValueError(
         f"parameters: {row} has no shape within {TOLERANCE:.0%} of {parameters:,} parameters at a "
         f"vocabulary of {vocab_size}; ask for more parameters, or leave the row out"
@@ -48,17 +67,29 @@ def count_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
+def _distance(candidate: tuple[float, Any]) -> float:
+    return candidate[0]
+
+
+def _count(row: str, model: dict[str, Any], vocab_size: int) -> Shape:
+    built = _build(model, vocab_size)
+    embedding = built.model.embed_tokens.weight.numel()
+    return Shape(row, count_parameters(built), embedding, model)
+
+
 def _candidates(
-    row: str, parameters: int, vocab_size: int
+    row: str, parameters: int, vocab_size: int, step: int
 ) -> Iterator[tuple[float, dict[str, Any]]]:
     """Shapes that should come near, as (distance from the usual proportions, model keywords)."""
     mixes_channels = MIXERS[row].has_channel_mixing
     aspect = _ASPECT / 2 if mixes_channels else _ASPECT
     # A layer has about 12 hidden^2 parameters (6 without an MLP) in any row: look around there.
     centre = (parameters * _ASPECT / 12) ** (1 / 3)
-    step = 16 if centre < 512 else 64
-    for hidden in range(step * max(1, int(centre / 3 / step)), int(3 * centre) + step, step):
-        model = {"mixer": row, "hidden_size": hidden}
+    step *= max(1, round(centre / 400))  # wide models need no finer steps in proportion
+    for hidden in range(step * math.ceil(centre / 2 / step), int(2 * centre) + 1, step):
+        model: dict[str, Any] = {"mixer": row, "hidden_size": hidden}
+        if hidden < _NARROW and row in _NARROW_OPTIONS:
+            model["mixer_options"] = {row: _NARROW_OPTIONS[row]}
         try:
             fixed, layer, mlp = _affine_count(model, vocab_size, mixes_channels)
         except ValueError:  # a hidden size that this mixer cannot divide into its heads

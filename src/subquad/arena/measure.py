@@ -3,16 +3,15 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from subquad.arena.results import DecodeTiming
 from subquad.models import SubquadCache, SubquadForCausalLM
-from subquad.train import TrainConfig
+from subquad.train import TrainConfig, autocast_dtype, token_losses
 from subquad.train.data import Tokens, heldout_starts
-from subquad.train.loop import autocast_dtype, token_losses
 
 PREFILL_CHUNK = 512
 DECODE_WARM_UP = 5
@@ -49,7 +48,6 @@ def decode_timings(
     model: SubquadForCausalLM,
     tokens: Tensor,
     contexts: Sequence[int],
-    on_context: Callable[[int], None] = lambda context: None,
 ) -> list[DecodeTiming]:
     """Time single-token steps of one sequence at each context length.
 
@@ -61,7 +59,6 @@ def decode_timings(
         model: the model; it is put in eval mode.
         tokens: [n] int64, repeated as often as the longest context needs.
         contexts: increasing.
-        on_context: told each context length before it is filled.
 
     Returns:
         One DecodeTiming a context, in order.
@@ -72,7 +69,6 @@ def decode_timings(
     cache: SubquadCache | None = None
     length, prefill_seconds, timings = 0, 0.0, []
     for context in contexts:
-        on_context(context)
         if context <= length:
             raise ValueError(
                 f"contexts must lie more than {DECODE_WARM_UP + DECODE_STEPS} tokens apart, so "

@@ -8,7 +8,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from subquad.arena.results import ArenaResults
 
@@ -169,7 +169,7 @@ def _draw(
     import matplotlib
     from matplotlib.figure import Figure
 
-    settings = {
+    settings: Any = {
         "svg.fonttype": "none",  # text stays text: the page's font, selectable, small
         "svg.hashsalt": f"{name}-{width}",  # ids must differ between drawings of one page
         "font.size": 13,

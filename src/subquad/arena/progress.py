@@ -18,6 +18,7 @@ class ArenaProgress:
     def __init__(self, console: Console) -> None:
         self.console = console
         self.tasks: dict[str, TaskID] = {}
+        self.steps = 0
         self.progress = Progress(
             TextColumn("{task.description:17}"),
             BarColumn(bar_width=18),
@@ -41,18 +42,22 @@ class ArenaProgress:
         elif kind == "row":
             result = record["result"]
             note = f"{result.bits_per_byte:.3f} held-out bits per byte"
-            self.progress.update(self.tasks[record["row"]], completed=1e9, note=note)
+            self.progress.update(self.tasks[record["row"]], completed=self.steps, note=note)
+            if not self.console.is_terminal:
+                self.console.print(f"{record['row']:17} {note}")
 
     def _plan(self, plan: Plan) -> None:
         self.progress.remove_task(self.preparation)
+        self.steps = plan.steps
         tokens = plan.steps * plan.config.batch_size * plan.config.seq_len
         self.console.print(
             f"Every row: {plan.steps} steps of {plan.config.batch_size} x {plan.config.seq_len} "
             f"tokens, {count(tokens)} in all. Parameters, the tied embedding counted once:"
         )
         for row, shape in plan.shapes.items():
-            sizes = ", ".join(f"{k} {v}" for k, v in shape.model.items() if k != "mixer")
-            self.console.print(f"  {row:17} {shape.parameters:>11,}  [dim]{sizes}[/dim]")
+            self.console.print(
+                f"  {row:17} {shape.parameters:>11,}  [dim]{shape.description}[/dim]"
+            )
             self.tasks[row] = self.progress.add_task(row, total=plan.steps, note="")
 
     def _step(self, record: dict[str, Any]) -> None:

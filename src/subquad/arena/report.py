@@ -16,7 +16,7 @@ from subquad.arena.results import (
     write_atomically,
     write_json,
 )
-from subquad.recurrence import ROWS
+from subquad.recurrence.table import ROWS
 
 _NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
 
@@ -120,8 +120,7 @@ def _page_rows(results: ArenaResults) -> list[dict[str, Any]]:
     return [
         {
             "row": result.row,
-            "formula": ROWS[result.row].formula,
-            "paper": ROWS[result.row].paper,
+            "about": ROWS[result.row],
             "is_best": result is best,
             "bits_per_byte": f"{result.bits_per_byte:.3f}",
             "above_best": "best" if result is best else _above(result, best),
@@ -180,7 +179,7 @@ def _findings(results: ArenaResults) -> list[str]:
 
 
 def _growth(decode: list[DecodeTiming], what: str) -> float:
-    return getattr(decode[-1], what) / getattr(decode[0], what)
+    return float(getattr(decode[-1], what) / getattr(decode[0], what))
 
 
 def _listed(rows: list[RowResult]) -> str:
@@ -190,11 +189,6 @@ def _listed(rows: list[RowResult]) -> str:
 
 def _details(results: ArenaResults) -> list[tuple[str, str]]:
     environment, rows = results.plan.environment, results.rows
-    models = "; ".join(
-        f"{row.row}: "
-        + ", ".join(f"{key}={value}" for key, value in row.shape.model.items() if key != "mixer")
-        for row in rows
-    )
     return [
         ("Machine", f"{environment['processor']}, {environment['platform']}"),
         ("Device", f"{environment['device']}, {environment['threads']} threads"),
@@ -211,5 +205,5 @@ def _details(results: ArenaResults) -> list[tuple[str, str]]:
             "; ".join(f"{row.row} {row.shape.embedding_parameters:,}" for row in rows)
             + " of the parameters",
         ),
-        ("Models", models),
+        ("Models", "; ".join(f"{row.row}: {row.shape.description}" for row in rows)),
     ]

@@ -70,6 +70,15 @@ class Shape:
     embedding_parameters: int
     model: dict[str, Any]
 
+    @property
+    def description(self) -> str:
+        """The model in one line, such as `4 layers of 144, MLP 368, num_heads 2`."""
+        parts = [f"{self.model['num_hidden_layers']} layers of {self.model['hidden_size']}"]
+        if "intermediate_size" in self.model:
+            parts.append(f"MLP {self.model['intermediate_size']}")
+        options = self.model.get("mixer_options", {}).get(self.row, {})
+        return ", ".join([*parts, *(f"{name} {value}" for name, value in options.items())])
+
 
 @dataclass(frozen=True)
 class DecodeTiming:

@@ -35,6 +35,7 @@ from subquad.arena.results import (
     write_json,
 )
 from subquad.generate import stream
+from subquad.models.device import pick_device
 from subquad.train import Corpus, TrainConfig, TrainResult, load_corpus, train
 
 Record = dict[str, Any]
@@ -96,12 +97,8 @@ def _make_plan(
             raise KeyboardInterrupt
         seconds = median(_step_seconds(trained)[_CALIBRATION_WARM_UP:])
         # Timing the steps of a model does not need its final weights: they do not change the work.
-        decode[row] = decode_timings(
-            trained.model,
-            text,
-            config.contexts,
-            lambda n, row=row: on_event({"kind": "measure", "row": row, "what": f"{n} tokens"}),
-        )
+        on_event({"kind": "measure", "row": row, "what": "decoding"})
+        decode[row] = decode_timings(trained.model, text, config.contexts)
         step_seconds += seconds
         # Scoring a token takes a third of training on it; a sample goes token by token.
         scoring = config.heldout_tokens / (config.batch_size * config.seq_len) * seconds / 3
@@ -205,9 +202,7 @@ def _read_row(folder: Path) -> RowResult | None:
 
 def describe_machine(config: ArenaConfig) -> dict[str, Any]:
     """What the speeds depend on, besides the code."""
-    cuda = config.device.startswith("cuda") or (
-        config.device == "auto" and torch.cuda.is_available()
-    )
+    device = pick_device(config.device)
     return {
         "subquad": __version__,
         "torch": str(torch.__version__),
@@ -215,7 +210,7 @@ def describe_machine(config: ArenaConfig) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
