@@ -30,7 +30,7 @@ SMALLEST_EXPONENT = np.float32(-87.0)  # just above the smallest normal number's
 LARGEST_EXPONENT = np.float32(88.0)
 
 SLICE = 16  # channels: one cache line of float32, so that threads never share a line
-SMALL = 1 << 15  # below so many numbers a hand-over to a second thread costs more than it saves
+SMALL = 1 << 17  # below so many numbers, handing them to other threads costs more than it saves
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,6 +66,11 @@ def exp(x):  # type: ignore[no-untyped-def]
 def sigmoid(x):  # type: ignore[no-untyped-def]
     """1 / (1 + e^-x) in float32."""
     return np.float32(1.0) / (np.float32(1.0) + exp(-x))
+
+
+def array(x: Tensor) -> np.ndarray:
+    """A tensor's memory as an array, copied only if it is not contiguous."""
+    return (x.detach() if x.requires_grad else x).contiguous().numpy()
 
 
 def rows(x: Tensor) -> tuple[np.ndarray, int]:

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from subquad.kernels.cpu import exp, jit, over_channels, rows, sequence_bounds
+from subquad.kernels.cpu import array, exp, jit, over_channels, rows, sequence_bounds
 
 BLOCK = 256  # channels a step: fewer, and the compiled loops are too short; measured with N = 16
 CHUNK = 32  # tokens between checkpoints
+SILENT = np.float32(1e-30)  # a decoded state this small is zero: denormal numbers are slow
 
 
 @jit
@@ -144,21 +145,18 @@ def _backward(
 
 
 @jit
-def _step(x, dt, A, B, C, D, state, y, new_state):
+def _step(x, dt, A, B, C, D, state, y, new_state, start, stop):
     """One token of each row: x, dt, y [S,D], A [D,N], B, C [S,N], states [S,D,N]."""
-    N = A.shape[1]
     for s in range(x.shape[0]):
-        for d in range(x.shape[1]):
+        for d in range(start, stop):
             total = D[d] * x[s, d]
-            for n in range(N):
-                h = exp(dt[s, d] * A[d, n]) * state[s, d, n] + dt[s, d] * x[s, d] * B[s, n]
+            write = dt[s, d] * x[s, d]
+            for n in range(A.shape[1]):
+                h = exp(dt[s, d] * A[d, n]) * state[s, d, n] + write * B[s, n]
+                h = np.float32(0.0) if abs(h) < SILENT else h
                 new_state[s, d, n] = h
                 total += C[s, n] * h
             y[s, d] = total
-
-
-def _array(x: Tensor) -> np.ndarray:
-    return x.detach().contiguous().numpy()
 
 
 def checkpoint_shape(x: Tensor, A: Tensor, sequences: int) -> tuple[int, ...]:
@@ -185,8 +183,8 @@ def forward(
     checkpoints = torch.empty(K, N, channels)
     over_channels(
         _forward, channels, x.numel() * N,
-        *rows(x), *rows(dt), _array(A.t()), _array(B.reshape(-1, N)), _array(C.reshape(-1, N)),
-        _array(D), _array(state), sequence_bounds(x.shape[0], x.shape[1], cu_seqlens),
+        *rows(x), *rows(dt), array(A.t()), array(B.reshape(-1, N)), array(C.reshape(-1, N)),
+        array(D), array(state), sequence_bounds(x.shape[0], x.shape[1], cu_seqlens),
         y.view(-1, channels).numpy(), last_state.numpy(), checkpoints.numpy(),
     )  # fmt: skip
     return y, last_state, checkpoints
@@ -211,8 +209,8 @@ def backward(
     dA, dD, dstate = torch.zeros(N, channels), torch.zeros(channels), dlast.clone()
     shares = over_channels(
         _backward, channels, x.numel() * N,
-        *rows(x), *rows(dt), _array(A.t()), _array(B.reshape(-1, N)), _array(C.reshape(-1, N)),
-        _array(D), sequence_bounds(x.shape[0], x.shape[1], cu_seqlens), _array(checkpoints),
+        *rows(x), *rows(dt), array(A.t()), array(B.reshape(-1, N)), array(C.reshape(-1, N)),
+        array(D), sequence_bounds(x.shape[0], x.shape[1], cu_seqlens), array(checkpoints),
         *rows(dy), dx.view(-1, channels).numpy(), ddt.view(-1, channels).numpy(),
         dA.numpy(), dD.numpy(), dstate.numpy(),
     )  # fmt: skip
@@ -226,6 +224,6 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     """One token of each row, for decoding: y [S,D] and the next state [S,D,N]; no gradients."""
     y, new_state = torch.empty(x.shape), torch.empty(state.shape)
-    inputs = (_array(t) for t in (x, dt, A, B, C, D, state))
-    _step(*inputs, y.numpy(), new_state.numpy())
+    inputs = (array(t) for t in (x, dt, A, B, C, D, state))
+    over_channels(_step, x.shape[1], state.numel(), *inputs, y.numpy(), new_state.numpy())
     return y, new_state

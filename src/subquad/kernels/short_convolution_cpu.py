@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from subquad.kernels.cpu import jit, over_channels, rows, sequence_bounds, sigmoid
+from subquad.kernels.cpu import array, jit, over_channels, rows, sequence_bounds, sigmoid
 
 BLOCK = 256  # channels a step: the W + 2 rows in play stay in the first-level cache
 FLUSH = 128  # tokens summed into float32 partial sums before these join the total
@@ -115,14 +115,32 @@ def _backward(
                     since_flush = 0
 
 
+@jit
+def _step(x, weight, bias, state, silu, y, new_state, start, stop):
+    """One token of each row: x, y [S,D], weight [D,W], bias [D], states [S,W-1,D]."""
+    past = weight.shape[1] - 1
+    for s in range(x.shape[0]):
+        for d in range(start, stop):
+            z = bias[d] + weight[d, past] * x[s, d]
+            for w in range(past):
+                z += weight[d, w] * state[s, w, d]
+            y[s, d] = z * sigmoid(z) if silu else z
+        for w in range(past - 1):
+            new_state[s, w, start:stop] = state[s, w + 1, start:stop]
+        if past > 0:
+            new_state[s, past - 1, start:stop] = x[s, start:stop]
+
+
+def _offset(bias: Tensor | None, D: int) -> np.ndarray:
+    return np.zeros(D, np.float32) if bias is None else array(bias)
+
+
 def _prepare(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, cu_seqlens: Tensor | None
 ):
     B, T, D = x.shape
-    taps = weight.detach().t().contiguous().numpy()  # [W,D]
-    offset = np.zeros(D, np.float32) if bias is None else bias.detach().contiguous().numpy()
-    past = state.detach().contiguous().numpy()
-    return *rows(x), taps, offset, past, sequence_bounds(B, T, cu_seqlens)
+    bounds = sequence_bounds(B, T, cu_seqlens)
+    return *rows(x), array(weight.t()), _offset(bias, D), array(state), bounds
 
 
 def forward(
@@ -157,3 +175,14 @@ def backward(
     outputs = (g.numpy() for g in (dx.view(-1, D), dtaps, dbias, dstate))
     over_channels(_backward, D, x.numel(), *inputs, silu, *rows(dy), *outputs)
     return dx, dtaps.t().contiguous(), dbias, dstate
+
+
+def step(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """One token of each row, for decoding: y [S,D] and the next state [S,W-1,D]; no gradients."""
+    y, new_state = torch.empty(x.shape), torch.empty(state.shape)
+    inputs = array(x), array(weight), _offset(bias, x.shape[1]), array(state)
+    outputs = y.numpy(), new_state.numpy()
+    over_channels(_step, x.shape[1], x.numel(), *inputs, silu, *outputs)
+    return y, new_state

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.recurrence.eager import can_call_compiled_code
 from subquad.recurrence.validate import check_cu_seqlens, check_shape, check_tensor, choose, fail
 
 
@@ -45,13 +46,20 @@ def short_convolution(
     N = _check(x, weight, bias, activation, state, cu_seqlens)
     if state is None:
         state = x.new_zeros(N, weight.shape[1] - 1, x.shape[2])
+    silu = activation == "silu"
+    given = (x, weight, state) if bias is None else (x, weight, state, bias)
+    if x.shape[0] * x.shape[1] == N and can_call_compiled_code(given):  # one token each: decoding
+        from subquad.kernels import short_convolution_cpu
+
+        y, state = short_convolution_cpu.step(x.reshape(N, -1), weight, bias, state, silu)
+        return y.view(x.shape), state
     state = state.to(x.dtype)
     precise = torch.float64 if x.dtype == torch.float64 else torch.float32
     inputs = (x.to(precise), weight.to(precise), None if bias is None else bias.to(precise))
-    # Compiled code pays from a few tokens on; calling it costs more than one token does.
+    # Compiled code pays from a few tokens on; recording a call of it costs more than one token.
     compiled = x.device.type == "cpu" and precise == torch.float32 and x.shape[0] * x.shape[1] > N
     convolve = _convolve_cpu if compiled else _convolve
-    y = convolve(*inputs, state.to(precise), cu_seqlens, activation == "silu")
+    y = convolve(*inputs, state.to(precise), cu_seqlens, silu)
     return y.to(x.dtype), _next_state(x, state, cu_seqlens)
 
 

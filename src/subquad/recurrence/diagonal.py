@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from itertools import pairwise
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from subquad.recurrence import scan
+from subquad.recurrence.eager import can_call_compiled_code
 from subquad.recurrence.validate import check_cu_seqlens, check_shape, check_tensor, choose, fail
 
 # How each form is computed, best first: "numba" walks over the tokens in compiled CPU code.
@@ -61,16 +63,16 @@ def selective_scan(
         D = x.new_zeros(x.shape[2])
     if state is None:
         state = torch.zeros(S, *A.shape, dtype=precise, device=x.device)
-    inputs = [t.to(precise) for t in (x, dt, A, B, C, D, state)]
-    # Autocast would take the sums over N, and the state with them, to half precision.
-    with torch.autocast(x.device.type, enabled=False):
-        if x.shape[1] == 1 and impl != "reference":
-            y, last_state = _one_token(*inputs)
-        elif impl == "reference":
-            y, last_state = _reference(*inputs, cu_seqlens=cu_seqlens)
-        else:
-            save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-            y, last_state, _ = _scan_op(*inputs, cu_seqlens, impl, save)
+    inputs: Any = tuple(
+        t if t.dtype == precise else t.to(precise) for t in (x, dt, A, B, C, D, state)
+    )
+    if impl == "reference":
+        y, last_state = _reference(*(*inputs, cu_seqlens))
+    elif x.shape[1] == 1:
+        y, last_state = _one_token(*inputs)
+    else:
+        save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+        y, last_state, _ = _scan_op(*inputs, cu_seqlens, impl, save)
     return y.to(x.dtype), last_state
 
 
@@ -104,8 +106,8 @@ def _reference(
         bounds = cu_seqlens.tolist()
         parts = []
         for s, (i, j) in enumerate(pairwise(bounds)):
-            tokens = (t[:, i:j] for t in (B, C))
-            parts.append(_reference(x[:, i:j], dt[:, i:j], A, *tokens, D, state[s : s + 1]))
+            x_s, dt_s, B_s, C_s = (t[:, i:j] for t in (x, dt, B, C))
+            parts.append(_reference(x_s, dt_s, A, B_s, C_s, D, state[s : s + 1]))
         return torch.cat([y for y, _ in parts], 1), torch.cat([h for _, h in parts])
     outputs = []
     for t in range(x.shape[1]):
@@ -117,11 +119,9 @@ def _reference(
 def _one_token(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Decoding: one step, in compiled code where that needs no gradient and no tracing."""
+    """Decoding: one step, in compiled code where nothing is recorded."""
     inputs = (x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state)
-    traced = torch.compiler.is_compiling() or type(x) is not Tensor
-    grad = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    if x.device.type == "cpu" and x.dtype == torch.float32 and not traced and not grad:
+    if can_call_compiled_code(inputs):
         from subquad.kernels import selective_scan_cpu
 
         y, last_state = selective_scan_cpu.step(*inputs)
