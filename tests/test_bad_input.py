@@ -1,4 +1,4 @@
-"""Bad input is refused with a ValueError naming the argument, what came, what was expected, the fix.
+"""Bad input gets a ValueError naming the argument, what came, what was expected and the fix.
 
 Hypothesis draws valid arguments, spoils exactly one of them, and the complaint must be about it.
 """
@@ -105,7 +105,11 @@ def test_a_wrong_kind_is_named(name, value):
 
 
 def arguments(B=1, T=10, H=2, K=4, V=3):
-    return {"q": torch.randn(B, T, H, K), "k": torch.randn(B, T, H, K), "v": torch.randn(B, T, H, V)}
+    return {
+        "q": torch.randn(B, T, H, K),
+        "k": torch.randn(B, T, H, K),
+        "v": torch.randn(B, T, H, V),
+    }
 
 
 @settings(max_examples=100, deadline=None)
@@ -135,7 +139,12 @@ def test_forms_and_implementations():
     a = arguments()
     complaint("^form: got 'fast'", **a, form="fast")
     complaint("^impl: got 'cuda'", **a, impl="cuda")
-    complaint("^form: .*packed|^form: .*cu_seqlens", **a, form="parallel", cu_seqlens=torch.tensor([0, 10]))
+    complaint(
+        "^form: .*packed|^form: .*cu_seqlens",
+        **a,
+        form="parallel",
+        cu_seqlens=torch.tensor([0, 10]),
+    )
     complaint("^form: .*reference", **a, form="chunked", impl="reference")
     complaint("^impl: got 'triton'", **a, impl="triton")
 

@@ -19,7 +19,9 @@ ERASES = (None, "delta", "low_rank")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
-def make(decay, erase, bonus=False, *, B=2, T=65, Hk=2, G=2, K=6, V=5, hard=False, packed=None, seed=0):
+def make(
+    decay, erase, bonus=False, *, B=2, T=65, Hk=2, G=2, K=6, V=5, hard=False, packed=None, seed=0
+):
     """Arguments in float64. Hard: log decays from 0 to -50 mixed at random, beta in {0, 1, 2}."""
     r = torch.Generator().manual_seed(seed)
 
@@ -58,7 +60,9 @@ def make(decay, erase, bonus=False, *, B=2, T=65, Hk=2, G=2, K=6, V=5, hard=Fals
 
 def leaves(arguments):
     """The float tensors among the arguments, by name."""
-    found = {n: x for n, x in arguments.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+    found = {
+        n: x for n, x in arguments.items() if isinstance(x, torch.Tensor) and x.is_floating_point()
+    }
     e = arguments["erase"]
     if e is not None:
         found |= {n: getattr(e, n) for n in ("beta", "a", "b") if hasattr(e, n)}
@@ -142,7 +146,7 @@ def test_packed_sequences_never_meet(decay, erase, bonus):
         got = run(arguments, dtype, form=form)
         assert_equal(got, want, TOLERANCE[dtype], f"{form} {dtype}")
     # And the reference is each sequence run alone.
-    cuts = list(zip(packed[:-1], packed[1:]))
+    cuts = list(itertools.pairwise(packed))
     for n, (i, j) in enumerate(cuts):
         alone = {k: x for k, x in arguments.items() if k != "cu_seqlens"}
         for name in ("q", "k", "v"):
@@ -231,7 +235,8 @@ def test_half_precision_inputs(dtype):
 def test_autocast_does_not_reach_the_state():
     arguments = make("BTH", "delta", T=100)
     q, k, v, beta, g = (
-        x.float() for x in (*(arguments[n] for n in "qkv"), arguments["erase"].beta, arguments["log_decay"])
+        x.float()
+        for x in (*(arguments[n] for n in "qkv"), arguments["erase"].beta, arguments["log_decay"])
     )
     want = linear_recurrence(q, k, v, g, Delta(beta))
     with torch.autocast("cpu", torch.bfloat16):

@@ -2,15 +2,20 @@
 
 from subquad.recurrence.api import Explanation, explain, linear_recurrence
 from subquad.recurrence.convolution import short_convolution
+from subquad.recurrence.diagonal import selective_scan
 from subquad.recurrence.reference import Delta, LowRank
 from subquad.recurrence.spec import Recurrence
+from subquad.recurrence.table import ROWS, Row
 
 __all__ = [
+    "ROWS",
     "Delta",
     "Explanation",
     "LowRank",
     "Recurrence",
+    "Row",
     "explain",
     "linear_recurrence",
+    "selective_scan",
     "short_convolution",
 ]

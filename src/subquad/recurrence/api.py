@@ -58,7 +58,7 @@ def linear_recurrence(
         erase: None, `Delta(beta)` with beta [B,T,H], or `LowRank(a, b)` with both [B,T,H,K].
         bonus: [H,K], RWKV-5/6's `u`; not with `erase`.
         scale: of the read; None means K**-0.5.
-        state: [B,H,K,V] float32 (float64 for float64 inputs), or [N,H,K,V] when packed. None: zeros.
+        state: [B,H,K,V] float32 (float64 for float64 inputs), [N,H,K,V] when packed. None: zeros.
         cu_seqlens: [N+1] int32 or int64, the boundaries 0 = c_0 < ... < c_N = T of N sequences laid
             end to end in one row (B = 1). Each has its own state and none sees another.
         form: "recurrent" (token by token), "chunked", "parallel" (all pairs, quadratic; not for
@@ -173,7 +173,9 @@ def _plan(
     choose("impl", impl, ("auto", *IMPLS))
     T = q.shape[1]
     if impl == "triton":
-        raise fail("impl", "'triton'", "'auto', 'torch' or 'reference'", "no kernel covers this yet")
+        raise fail(
+            "impl", "'triton'", "'auto', 'torch' or 'reference'", "no kernel covers this yet"
+        )
     if impl == "reference":
         if form not in ("auto", "recurrent"):
             raise fail(
@@ -255,7 +257,12 @@ def _check(
     H, V = v.shape[2:]
     if 0 in q.shape or 0 in v.shape:
         empty = "q" if 0 in q.shape else "v"
-        raise fail(empty, f"shape {tuple({'q': q, 'v': v}[empty].shape)}", "no empty dimension", "drop the call")
+        raise fail(
+            empty,
+            f"shape {tuple({'q': q, 'v': v}[empty].shape)}",
+            "no empty dimension",
+            "drop the call",
+        )
     check_shape("k", k, (B, T, Hk, K), "the shape of q, [B,T,Hk,K]")
     check_shape("v", v, (B, T, H, V), "[B,T,H,V] with q's B and T")
     if H % Hk:
@@ -284,7 +291,9 @@ def _check(
         )
     if bonus is not None:
         if erase is not None:
-            raise fail("bonus", "a bonus and an erase", "one of them", "pass bonus=None or erase=None")
+            raise fail(
+                "bonus", "a bonus and an erase", "one of them", "pass bonus=None or erase=None"
+            )
         check_tensor("bonus", bonus, 2, "[H,K]", q)
         check_shape("bonus", bonus, (H, K), "[H,K]")
     rows, layout = B, "[B,H,K,V]"
@@ -295,7 +304,10 @@ def _check(
         check_shape("state", state, (rows, H, K, V), layout)
         if state.dtype != _computing_dtype(v.dtype):
             raise fail(
-                "state", state.dtype, f"{_computing_dtype(v.dtype)}: it adds up over all tokens", "cast it"
+                "state",
+                state.dtype,
+                f"{_computing_dtype(v.dtype)}: it adds up over all tokens",
+                "cast it",
             )
 
 

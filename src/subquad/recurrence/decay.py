@@ -68,7 +68,8 @@ def shared_matmul(x: Tensor, y: Tensor) -> Tensor:
 def pairs(x: Tensor, y: Tensor) -> Tensor:
     """x_t^T y_s for all t, s: [B,Hk,G|1,N,C,C], G where either side has it."""
     if y.shape[2] < x.shape[2]:
-        return shared_matmul(y, x.mT).mT
+        flipped: Tensor = shared_matmul(y, x.mT).mT
+        return flipped
     return shared_matmul(x, y.mT)
 
 

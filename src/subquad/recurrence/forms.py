@@ -66,8 +66,8 @@ def chunked(
             inside = _without_erase(qn, kn, vn, decay, bonus)
         elif beta is not None:
             inside = _with_delta(qn, kn, vn, beta[:, :, :, cut], decay)
-        else:
-            inside = _with_low_rank(qn, kn, vn, _at(a, cut), _at(b, cut), decay)
+        elif a is not None and b is not None:
+            inside = _with_low_rank(qn, kn, vn, a[:, :, :, cut], b[:, :, :, cut], decay)
 
         # One entry a chunk. (unbind, because the gradient of indexing is as large as the whole.)
         written = None if inside.written is None else inside.written.unbind(3)
@@ -111,9 +111,7 @@ class _Inside(NamedTuple):
     scores: Tensor | None = None  # [B,Hk,G,N,C,C]
 
 
-def _without_erase(
-    q: Tensor, k: Tensor, v: Tensor, decay: Decay, bonus: Tensor | None
-) -> _Inside:
+def _without_erase(q: Tensor, k: Tensor, v: Tensor, decay: Decay, bonus: Tensor | None) -> _Inside:
     written = decay.write(k, v)
     if bonus is None:
         return _Inside(shared_matmul(decay.scores(q, k, diagonal=True), v), written)
@@ -131,9 +129,7 @@ def _with_delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Decay) -> 
     return _Inside(None, None, U, W, decay.writer(k) * beta, scores)
 
 
-def _with_low_rank(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, decay: Decay
-) -> _Inside:
+def _with_low_rank(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, decay: Decay) -> _Inside:
     L = -decay.scores(a, b, diagonal=False, own=False)
     base = shared_matmul(decay.scores(a, k, diagonal=False, own=False), v)
     U, W = _solve(L, base, -decay.reader(a, own=False))

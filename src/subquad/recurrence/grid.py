@@ -41,7 +41,9 @@ class Grid:
         begins = ends - chunks
         n = torch.arange(N, device=device)
         sequence = torch.searchsorted(ends, n, right=True).clamp(max=sequences - 1)  # [N]
-        token = (cu[sequence] + (n - begins[sequence]) * C)[:, None] + torch.arange(C, device=device)
+        token = (cu[sequence] + (n - begins[sequence]) * C)[:, None] + torch.arange(
+            C, device=device
+        )
         filled = token < cu[sequence + 1][:, None]  # [N,C]; spare chunks at the end are empty
         t = torch.arange(T, device=device)
         of_token = torch.searchsorted(cu[1:], t, right=True)  # [T]
@@ -71,7 +73,7 @@ class Grid:
         return x.permute(0, 3, 4, 1, 2, 5).contiguous()
 
     def cut_fixed(self, g: Tensor, Hk: int) -> Tensor:
-        """A decay [H,D] that is the same for all tokens -> [1,Hk,G,N|1,C,D], 0 where no token is."""
+        """A decay [H,D], the same for all tokens -> [1,Hk,G,N|1,C,D], 0 where no token is."""
         g = g.unflatten(0, (Hk, -1))[None, :, :, None, None]  # [1,Hk,G,1,1,D]
         if not self.padded:
             return g.expand(-1, -1, -1, 1, self.C, -1)
@@ -88,7 +90,7 @@ class Grid:
         return x[:, : self.T]
 
     def enter(self, state: Tensor, initial: Tensor, n: int) -> Tensor:
-        """The state at the start of chunk n: a packed sequence begins from its own initial state."""
+        """The state at the start of chunk n: a packed sequence begins from its own."""
         if self.first is None or self.sequence is None:
             return state
         mine = initial.index_select(0, self.sequence[n : n + 1])

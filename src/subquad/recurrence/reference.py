@@ -9,6 +9,7 @@ clever: every line carries the shape of what it makes, and tests compare each fo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -140,7 +141,7 @@ def _loop_packed(
     """Packed sequences, by definition: each is run alone from its own state."""
     ends = cu_seqlens.tolist()
     outputs, finals = [], []
-    for n, (i, j) in enumerate(zip(ends[:-1], ends[1:])):
+    for n, (i, j) in enumerate(pairwise(ends)):
         cut = slice(i, j)
         part: Erase = None
         if isinstance(erase, Delta):

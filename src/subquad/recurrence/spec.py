@@ -82,7 +82,9 @@ class Recurrence:
         if self.erase != "none" and self.read_out == "bonus":
             raise fail("read_out", "'bonus' with an erase", "'plain'", "no published row has both")
         if self.engine == "invariant" and self.decay.startswith("token"):
-            raise fail("decay", self.decay, "a fixed decay", "engine='diagonal' for a selective one")
+            raise fail(
+                "decay", self.decay, "a fixed decay", "engine='diagonal' for a selective one"
+            )
 
     @staticmethod
     def of(log_decay: Tensor | None, erase: Erase, bonus: Tensor | None) -> Recurrence:
@@ -121,7 +123,9 @@ class Recurrence:
             return (H, K, V + 1 if self.read_out == "normalised" else V)
         if self.engine in ("diagonal", "invariant"):
             return (H * V, K)
-        raise fail("engine", self.engine, "one with a state of constant size", "see the row's notes")
+        raise fail(
+            "engine", self.engine, "one with a state of constant size", "see the row's notes"
+        )
 
     @property
     def write(self) -> str:

@@ -1,0 +1,44 @@
+# Everything from a fresh clone: `make demo` and `make test` set up what they need.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: help demo test lint slow bench clean
+help:
+	@echo "make demo   set up, train five rows on real text, compare them, write a report (8 minutes)"
+	@echo "make test   set up and run the tests (10 minutes on 2 cores)"
+	@echo "make lint   format, style, types and the import rule"
+	@echo "make slow   the tests that take long"
+	@echo "make bench  the CPU benchmarks against transformers' own classes"
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/demo.done: .venv/bin/python pyproject.toml constraints.txt
+	$(PIP) -e .
+	touch $@
+
+.venv/test.done: .venv/demo.done
+	$(PIP) -e ".[test,dev]"
+	touch $@
+
+demo: .venv/demo.done
+	$(BIN)/subquad arena --out runs/demo
+
+test: .venv/test.done
+	$(BIN)/python -m pytest
+
+slow: .venv/test.done
+	$(BIN)/python -m pytest -m slow --timeout 1800
+
+lint: .venv/test.done
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/test.done
+	$(BIN)/python benchmarks/cpu.py
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
