@@ -358,6 +358,8 @@ def test_bad_calls(ids) -> None:
     cache = model(ids, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="past_key_values: got a cache of 2 rows"):
         model(ids[:1], past_key_values=cache)
+    with pytest.raises(ValueError, match="past_key_values: got a cache of 3 layers; expected 1"):
+        build(["gla"])(ids, past_key_values=cache)
     packed = {"input_ids": ids[:1], "cu_seqlens": torch.tensor([0, 9, 17])}
     with pytest.raises(ValueError, match="attention_mask: got padding"):
         model(**packed, attention_mask=ones[:1] * (positions[:1] > 3))

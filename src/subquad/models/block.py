@@ -43,7 +43,7 @@ class Block(GradientCheckpointingLayer):
         """x [B,T,hidden] -> the same, and the mixer's state after the last token."""
         mixed, state = self.mixer(normed(self.mixer_norm, x), state, cu_seqlens=cu_seqlens)
         x = x + mixed
-        if self.mlp is not None:
+        if self.mlp is not None and self.mlp_norm is not None:
             x = x + self.mlp(normed(self.mlp_norm, x))
         return x, state
 

@@ -168,7 +168,7 @@ def mixer_option_names(row: str) -> list[str]:
     for cls in MIXERS[row].__mro__:
         if "__init__" not in vars(cls):
             continue
-        parameters = inspect.signature(cls.__init__).parameters.values()
+        parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
         names += [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
         if all(p.kind is not p.VAR_KEYWORD for p in parameters):
             break

@@ -59,9 +59,10 @@ class SubquadModel(SubquadPreTrainedModel):
     def __init__(self, config: SubquadConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, row) for row in config.rows)
+        blocks = [Block(config, row) for row in config.rows]
+        self.layers = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self._keep_in_fp32_modules_strict = float32_names(self.layers)
+        self._keep_in_fp32_modules_strict = float32_names(blocks)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -95,6 +96,33 @@ class SubquadModel(SubquadPreTrainedModel):
         Raises:
             ValueError: naming the argument that does not fit, and how to mend it.
         """
+        x = self._embed(input_ids, inputs_embeds)
+        if use_cache is None:
+            use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
+        cache = _check_cache(past_key_values, len(self.layers))
+        bounds = cu_seqlens if cu_seqlens is not None else kwargs.get("cu_seq_lens_q")
+        rows = x.shape[0] if bounds is None else len(bounds) - 1
+        cache.check_batch(rows)
+        packings = _plan(x.shape[0], x.shape[1], attention_mask, position_ids, bounds, cache)
+        if packings is None:
+            hidden, states = self._run(x, cache.states, None, output_hidden_states)
+            if use_cache:
+                cache.advance(states, rows, x.shape[1], x.device)
+        else:
+            hidden, results = self._run_packed(x, cache.states, packings, output_hidden_states)
+            if use_cache:
+                columns = x.shape[1] if bounds is None else None
+                cache.advance_packed(results, rows, columns, x.device)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden[-1],
+            past_key_values=cache if use_cache else None,
+            hidden_states=tuple(hidden) if output_hidden_states else None,
+        )
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """The residual stream's start, [B,T,hidden]."""
         if (input_ids is None) == (inputs_embeds is None):
             got = "both" if input_ids is not None else "neither"
             raise fail("input_ids, inputs_embeds", got, "exactly one of the two", "leave one out")
@@ -107,39 +135,7 @@ class SubquadModel(SubquadPreTrainedModel):
                 "with a cache that holds the past, give the tokens after it; to generate(), the "
                 "whole text, or an attention_mask over it",
             )
-        cache = past_key_values
-        if cache is not None and not isinstance(cache, SubquadCache):
-            name = type(cache).__name__
-            raise fail("past_key_values", name, "a SubquadCache", "pass None, or what came back")
-        if use_cache is None:
-            use_cache = cache is not None or (self.config.use_cache and not self.training)
-        if cache is None and use_cache:
-            cache = SubquadCache(len(self.layers))
-
-        bounds = cu_seqlens if cu_seqlens is not None else kwargs.get("cu_seq_lens_q")
-        rows = x.shape[0] if bounds is None else len(bounds) - 1
-        if cache is not None:
-            cache.check_batch(rows)
-        packings = _plan(x.shape[:2], attention_mask, position_ids, bounds, cache)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        if self.config.residual_in_fp32:
-            x = x.float()
-        past = [None] * len(self.layers) if cache is None else cache.states
-        if packings is None:
-            hidden, states = self._run(x, past, None, output_hidden_states)
-            if use_cache:
-                cache.advance(states, rows, x.shape[1], x.device)
-        else:
-            hidden, results = self._run_packed(x, past, packings, output_hidden_states)
-            if use_cache:
-                columns = x.shape[1] if bounds is None else None
-                cache.advance_packed(results, rows, columns, x.device)
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden[-1],
-            past_key_values=cache if use_cache else None,
-            hidden_states=tuple(hidden) if output_hidden_states else None,
-        )
+        return x.float() if self.config.residual_in_fp32 else x
 
     def _run(
         self, x: Tensor, past: list[State | None], cu_seqlens: Tensor | None, keep_all: bool
@@ -274,20 +270,33 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = SubquadCache(self.config.num_hidden_layers)
 
 
+def _check_cache(cache: object, num_layers: int) -> SubquadCache:
+    """The cache that came in, or a new one."""
+    if cache is None:
+        return SubquadCache(num_layers)
+    if not isinstance(cache, SubquadCache):
+        name = type(cache).__name__
+        raise fail("past_key_values", name, "a SubquadCache", "pass None, or what came back")
+    if len(cache) != num_layers:
+        got = f"a cache of {len(cache)} layers"
+        raise fail("past_key_values", got, f"{num_layers}, as this model has", "pass None")
+    return cache
+
+
 def _plan(
-    shape: tuple[int, int],
+    batch: int,
+    length: int,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     bounds: Tensor | None,
-    cache: SubquadCache | None,
+    cache: SubquadCache,
 ) -> list[Packing] | None:
     """How the call's tokens divide into sequences; None if its rows are just that."""
-    past = 0 if cache is None else cache.get_seq_length()
-    lengths = None if cache is None else cache.lengths
-    empty = cache is not None and cache.has_empty_rows
+    known = (cache.lengths, cache.has_empty_rows)
     if bounds is not None:
-        return pack_given(bounds, *shape, attention_mask, position_ids, lengths, empty)
-    return pack(*shape, attention_mask, position_ids, past, lengths, empty)
+        return pack_given(bounds, batch, length, attention_mask, position_ids, *known)
+    past = cache.get_seq_length()
+    return pack(batch, length, attention_mask, position_ids, past, *known)
 
 
 def draw_missing(mixer: Mixer) -> None:
@@ -307,11 +316,11 @@ def draw_missing(mixer: Mixer) -> None:
         tensor.copy_(value)
 
 
-def float32_names(layers: nn.ModuleList) -> set[str]:
+def float32_names(blocks: list[Block]) -> set[str]:
     """Patterns of what stays float32 when a model is loaded in half precision.
 
     They are the parameters that mixers own themselves and not through a projection: decays, time
     steps, skips. Over thousands of steps their rounding would add up.
     """
-    mixers = (block.mixer for block in layers)
+    mixers = [block.mixer for block in blocks]
     return {rf"mixer\.{name}$" for m in mixers for name, _ in m.named_parameters(recurse=False)}
