@@ -264,6 +264,19 @@ def test_a_damaged_checkpoint_is_told_and_the_previous_one_used(config, tmp_path
     assert untimed(result.history) == untimed(expected.history)
 
 
+def test_metrics_torn_by_a_kill_are_mended_and_damaged_ones_named(config, tmp_path):
+    train(config, tmp_path / "run", on_event=interrupt_after(4))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    whole = metrics.read_bytes()
+    metrics.write_bytes(whole + b'{"kind": "train", "st')
+    assert len(read_metrics(metrics)) == whole.count(b"\n")
+    train(config, tmp_path / "run", resume=True)
+    assert [r["step"] for r in read_metrics(metrics)] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 8]
+    metrics.write_bytes(b"\x00" + metrics.read_bytes())
+    with pytest.raises(ValueError, match="line 1 is damaged"):
+        train(config, tmp_path / "run", resume=True)
+
+
 def test_random_state_goes_there_and_back():
     device = torch.device("cpu")
     state = json.loads(json.dumps(rng_state(device)))

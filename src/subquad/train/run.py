@@ -134,9 +134,20 @@ def _holds_something(path: Path) -> bool:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, in order; a last line torn by a kill is left out."""
+    """The records of a metrics.jsonl, in order; a last line torn by a kill is left out.
+
+    Raises ValueError naming the line if one is no record.
+    """
+    records = []
     with Path(path).open("rb") as lines:
-        return [json.loads(line) for line in lines if line.endswith(b"\n")]
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                records.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is damaged: {error}") from None
+    return records
 
 
 def save_model_folder(model: Any, tokenizer: Any, folder: Path) -> None:
