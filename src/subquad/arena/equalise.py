@@ -19,7 +19,7 @@ _MLP_STEP = 8
 # Even hidden sizes are tried where no multiple of 16 has good proportions: rows without an MLP
 # have no width to make up the difference.
 _HIDDEN_STEPS = (16, 2)
-_GOOD = 0.5  # distance from the usual proportions below which no other is looked for
+_GOOD = 0.8  # distance from the usual proportions below which no other is looked for
 _NARROW = 512
 # Published head counts and state sizes are for hidden sizes of 1024 and more. In a narrow model
 # they would leave heads of few channels, or a state out of proportion to the layer around it.
