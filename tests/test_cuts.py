@@ -64,10 +64,15 @@ class Reader:
             )
 
 
-@pytest.fixture(scope="module", params=STACKS)
+ON_GPU = [pytest.param((name, "cuda"), marks=pytest.mark.gpu, id=f"{name} cuda") for name in STACKS]
+ON_CPU = [pytest.param((name, "cpu"), id=name) for name in STACKS]
+
+
+@pytest.fixture(scope="module", params=ON_CPU + ON_GPU)
 def reader(request: pytest.FixtureRequest):
-    with torch.no_grad():
-        yield Reader(STACKS[request.param])
+    name, device = request.param
+    with torch.device(device), torch.no_grad():
+        yield Reader(STACKS[name])
 
 
 def cut(length: int, pieces: int, rng: random.Random, at_least: int = 0) -> list[int]:
@@ -235,9 +240,10 @@ def test_a_snapshot_stays_as_it_was(reader: Reader, tmp_path) -> None:
     text, want = reader.texts[2], reader.alone[2]
     cache = reader.model(text[None, :20], use_cache=True).past_key_values
     snapshot = copy.copy(cache)
-    cache.save(tmp_path / "state.safetensors")
+    path = tmp_path / "state.safetensors"
+    cache.save(path)
     reader.model((text[None, 20:] + 1) % VOCAB, past_key_values=cache)
-    for start in (snapshot, SubquadCache.load(tmp_path / "state.safetensors")):
+    for start in (snapshot, SubquadCache.load(path, device=text.device)):
         assert start.get_seq_length() == 20
         logits = reader.model(text[None, 20:], past_key_values=start).logits[0]
         assert (logits - want[20:]).abs().max() <= TOLERANCE
