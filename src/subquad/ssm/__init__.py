@@ -1,0 +1,1 @@
+"""Continuous time: where state space models come from, and how they become recurrences."""
