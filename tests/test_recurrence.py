@@ -12,7 +12,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from subquad.recurrence import Delta, LowRank, Recurrence, explain, linear_recurrence, reference
+from subquad.recurrence import (
+    Delta,
+    LowRank,
+    Recurrence,
+    explain,
+    linear_recurrence,
+    reference,
+    watch,
+)
 
 DECAYS = ("none", "H", "HK", "BTH", "BTHK")
 ERASES = (None, "delta", "low_rank")
@@ -337,6 +345,14 @@ def test_explain_says_what_runs():
     assert explain(**one).form == "recurrent"
     meta = {n: arguments[n].to("meta") for n in ("q", "k", "v")}
     assert explain(**meta).device == "meta"
+
+
+def test_watching_what_runs():
+    arguments = make("BTH", "delta", T=100)
+    with watch() as calls:
+        linear_recurrence(**arguments)
+    linear_recurrence(**arguments)
+    assert calls == [explain(**arguments)]
 
 
 def test_specs_derive_and_refuse():

@@ -21,6 +21,7 @@ _EXPORTS = {
     "LowRank": "subquad.recurrence",
     "Recurrence": "subquad.recurrence",
     "explain": "subquad.recurrence",
+    "watch": "subquad.recurrence",
     "selective_scan": "subquad.recurrence",
     "diagonal_ssm": "subquad.recurrence",
     "short_convolution": "subquad.recurrence",

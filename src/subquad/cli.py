@@ -64,6 +64,37 @@ def root(
     """Options that stand before the command. `main` looks for --debug itself."""
 
 
+@app.command()
+def table(
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show the table: every row's recurrence, state, costs and paper, and whether it runs.
+
+    [cyan]subquad table --json[/cyan]
+    """
+    from subquad.arena.rows import table_command
+
+    table_command(as_json)
+
+
+@app.command()
+def explain(
+    row: Annotated[str, typer.Argument(help="A row of the table: subquad table.")],
+    hidden_size: Annotated[int, typer.Option(help="Width of the layer that is tried.")] = 512,
+    tokens: Annotated[int, typer.Option(help="Tokens given at once.")] = 1024,
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Explain a row: its formulas and costs, which form and kernel run here, why, and how fast.
+
+    [cyan]subquad explain gated_deltanet --tokens 8192[/cyan]
+    """
+    from subquad.arena.rows import explain_command
+
+    explain_command(row, hidden_size, tokens, batch, device, as_json)
+
+
 MODEL, DATA, TRAINING = "The model", "The text", "The training"
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from subquad.recurrence import forms, reference
+from subquad.recurrence.explanation import Explanation, tell, watched
 from subquad.recurrence.reference import Delta, Erase, LowRank
 from subquad.recurrence.spec import FORMS, Recurrence
 from subquad.recurrence.validate import (
@@ -79,6 +80,8 @@ def linear_recurrence(
     """
     _check(q, k, v, log_decay, erase, bonus, state, cu_seqlens)
     plan = _plan(q, v, erase, bonus, cu_seqlens, form, impl)
+    if watched():
+        tell(_explain(plan, q, v, log_decay, erase, bonus, cu_seqlens))
     with _no_autocast(q.device.type):
         return _run(plan, q, k, v, log_decay, erase, bonus, scale, state, cu_seqlens)
 
@@ -102,6 +105,18 @@ def explain(
     """
     _check(q, k, v, log_decay, erase, bonus, state, cu_seqlens)
     plan = _plan(q, v, erase, bonus, cu_seqlens, form, impl)
+    return _explain(plan, q, v, log_decay, erase, bonus, cu_seqlens)
+
+
+def _explain(
+    plan: _Plan,
+    q: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    erase: Erase,
+    bonus: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Explanation:
     kind = Recurrence.of(log_decay, erase, bonus)
     H, K, V = v.shape[2], q.shape[3], v.shape[3]
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -118,37 +133,6 @@ def explain(
         state_bytes=rows * H * K * V * _computing_dtype(q.dtype).itemsize,
         flops_per_token=kind.flops_per_token(H, K, V, plan.form, plan.chunk, q.shape[1]),
     )
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """What would run and why; `print` it."""
-
-    recurrence: str
-    read: str
-    form: str
-    impl: str
-    chunk: int | None
-    device: str
-    why: str
-    forms: tuple[str, ...]
-    state_shape: tuple[int, ...]
-    state_bytes: int
-    flops_per_token: int
-
-    def __str__(self) -> str:
-        chunk = "" if self.chunk is None else f", chunks of {self.chunk}"
-        return "\n".join(
-            [
-                f"recurrence  {self.recurrence}",
-                f"read        {self.read}",
-                f"runs        {self.form} form{chunk}, impl {self.impl}, on {self.device}",
-                f"why         {self.why}",
-                f"forms       {', '.join(self.forms)}",
-                f"state       {list(self.state_shape)}, {self.state_bytes:,} bytes",
-                f"work        {self.flops_per_token:,} floating-point operations a token",
-            ]
-        )
 
 
 @dataclass(frozen=True)

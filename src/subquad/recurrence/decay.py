@@ -61,8 +61,9 @@ def shared_matmul(x: Tensor, y: Tensor) -> Tensor:
     if x.shape[2] == G or G == 1:
         return x @ y
     wide = y.permute(0, 1, 3, 4, 2, 5).flatten(-2)  # [B,Hk,N,L,G*V]
-    out = x.squeeze(2) @ wide  # [B,Hk,N,M,G*V]
-    return out.unflatten(-1, (G, -1)).permute(0, 1, 4, 2, 3, 5)
+    out = (x.squeeze(2) @ wide).unflatten(-1, (G, -1))  # [B,Hk,N,M,G,V]
+    result: Tensor = out.permute(0, 1, 4, 2, 3, 5)
+    return result
 
 
 def pairs(x: Tensor, y: Tensor) -> Tensor:
