@@ -17,11 +17,11 @@ CONTRACT = (
     "aft_local aft_simple aft_conv rwkv4 rwkv5 rwkv6 rwkv7 retnet gated_retention "
     "lightning_attention gla hgrn2 dfw gateloop mamba mamba2 mlstm slstm deltanet gated_deltanet "
     "kda gated_rfa abc gsa lssl s4 s4d h3 hyena lstm"
-).split(" ")
+)
 
 
 def test_names_are_the_contract():
-    assert list(ROWS) == CONTRACT
+    assert " ".join(ROWS) == CONTRACT
     assert set(MIXERS) <= set(ROWS)
 
 
@@ -42,7 +42,7 @@ def test_the_page_fits(width, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
     table_command(as_json=False)
     page = capsys.readouterr().out
-    assert all(name in page for name in CONTRACT)
+    assert all(name in page for name in ROWS)
     assert max(cell_len(line.rstrip()) for line in page.splitlines()) <= width
 
 
