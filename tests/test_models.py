@@ -38,6 +38,8 @@ def test_save_and_load(layers, ids, tmp_path) -> None:
     assert loaded.config.to_dict() == AutoConfig.from_pretrained(tmp_path).to_dict()
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    marks = [getattr(p, "_no_weight_decay", False) for p in model.parameters()]
+    assert [getattr(p, "_no_weight_decay", False) for p in loaded.parameters()] == marks
     body = AutoModel.from_pretrained(tmp_path)
     assert type(body) is SubquadModel
     want = model(ids, output_hidden_states=True).hidden_states[-1]

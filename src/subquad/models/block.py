@@ -8,6 +8,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from subquad.mixers import MIXERS
 from subquad.mixers.base import State
+from subquad.mixers.init import no_weight_decay
 from subquad.models.config import SubquadConfig
 
 
@@ -35,6 +36,13 @@ class Block(GradientCheckpointingLayer):
         size = config.mlp_size(row)
         self.mlp_norm = nn.RMSNorm(hidden, eps=config.norm_eps) if size else None
         self.mlp = SwiGLU(hidden, size) if size else None
+        marked = (n for n, p in self.named_parameters() if getattr(p, "_no_weight_decay", False))
+        self.undecayed = tuple(marked)
+
+    def mark_undecayed(self) -> None:
+        """Mark again what no optimiser should decay: parameters come unmarked from a checkpoint."""
+        for name in self.undecayed:
+            no_weight_decay(self.get_parameter(name))
 
     # Tensors come positionally: checkpointing (`use_reentrant`) tracks no gradient of keywords.
     def forward(

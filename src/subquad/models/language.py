@@ -43,6 +43,8 @@ class SubquadPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Mixer):
             draw_missing(module)
+        elif isinstance(module, Block):
+            module.mark_undecayed()
         else:
             super()._init_weights(module)
 
