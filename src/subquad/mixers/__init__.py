@@ -8,7 +8,9 @@ from subquad.mixers.gla import GLA
 from subquad.mixers.linear_attention import LinearAttention
 from subquad.mixers.mamba import Mamba
 from subquad.mixers.mamba2 import Mamba2
+from subquad.mixers.registry import MIXERS, register
 from subquad.mixers.retnet import RetNet
+from subquad.mixers.s4d import S4D
 
 _CLASSES: tuple[type[Mixer], ...] = (
     SoftmaxAttention,
@@ -20,14 +22,15 @@ _CLASSES: tuple[type[Mixer], ...] = (
     Mamba2,
     DeltaNet,
     GatedDeltaNet,
+    S4D,
 )
 
-MIXERS: dict[str, type[Mixer]] = {cls.row: cls for cls in _CLASSES}
-"""The mixers by the name of their row in the table."""
+MIXERS.update({cls.row: cls for cls in _CLASSES})
 
 __all__ = [
     "GLA",
     "MIXERS",
+    "S4D",
     "DeltaNet",
     "GatedDeltaNet",
     "LinearAttention",
@@ -38,4 +41,5 @@ __all__ = [
     "SlidingWindowAttention",
     "SoftmaxAttention",
     "State",
+    "register",
 ]
