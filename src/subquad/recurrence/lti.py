@@ -52,23 +52,24 @@ def diagonal_ssm(
     Raises:
         ValueError: naming the argument that does not fit, and the fix.
     """
-    S = _check(u, log_A_bar, B_bar, C, D, state, cu_seqlens)
+    _check(u, log_A_bar, B_bar, C, D, state, cu_seqlens)
     choose("form", form, ("auto", *FORMS))
     real = torch.float64 if u.dtype == torch.float64 else torch.float32
     cplx = torch.complex128 if real == torch.float64 else torch.complex64
     log_A, B, C = (t.to(cplx) for t in (log_A_bar, B_bar, C))
-    if state is None:
-        state = torch.zeros(S, *log_A.shape, dtype=log_A.dtype, device=u.device)
-    x, state = u.to(real), state.to(log_A.dtype)
+    x, h = u.to(real), None if state is None else state.to(cplx)
     if form == "auto":
         form = "recurrent" if u.shape[1] == 1 else "convolution"
     run = _recurrent if form == "recurrent" else _convolution
     # Autocast would take the powers, and the state with them, to half precision.
     with torch.autocast(u.device.type, enabled=False):
-        y, state = run(x, log_A, B, C, state, cu_seqlens)
+        if cu_seqlens is None:
+            y, last_state = run(x, log_A, B, C, h)
+        else:
+            y, last_state = _each(run, x, log_A, B, C, h, cu_seqlens)
         if D is not None:
             y = y + D.to(real) * x
-    return y.to(u.dtype), state
+    return y.to(u.dtype), last_state
 
 
 def step(
@@ -84,12 +85,12 @@ def step(
 
 
 def _recurrent(
-    u: Tensor, log_A: Tensor, B: Tensor, C: Tensor, state: Tensor, cu_seqlens: Tensor | None
+    u: Tensor, log_A: Tensor, B: Tensor, C: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The loop over tokens, one packed sequence after another."""
-    if cu_seqlens is not None:
-        return _each(_recurrent, u, log_A, B, C, state, cu_seqlens)
+    """The loop over tokens."""
     A_bar, outputs = log_A.exp(), []
+    if state is None:
+        state = torch.zeros_like(log_A).expand(u.shape[0], -1, -1)
     for t in range(u.shape[1]):
         y, state = step(u[:, t], A_bar, B, C, state)
         outputs.append(y)
@@ -97,17 +98,17 @@ def _recurrent(
 
 
 def _convolution(
-    u: Tensor, log_A: Tensor, B: Tensor, C: Tensor, state: Tensor, cu_seqlens: Tensor | None
+    u: Tensor, log_A: Tensor, B: Tensor, C: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """All tokens at once: u's convolution with the kernel, and what the first state still adds."""
-    if cu_seqlens is not None:
-        return _each(_convolution, u, log_A, B, C, state, cu_seqlens)
     T, u = u.shape[1], u.transpose(1, 2)  # [Bt,D,T]
     kernel = _response(C * B, log_A, T)  # [D,T]
     n = _fast_length(2 * T - 1)
     y = torch.fft.irfft(torch.fft.rfft(u, n=n) * torch.fft.rfft(kernel, n=n), n=n)[..., :T]
-    y = y + _response(C * log_A.exp() * state, log_A, T)
-    last_state = (T * log_A).exp() * state + B * _weighted_sum(u, log_A)
+    last_state = B * _weighted_sum(u, log_A)
+    if state is not None:
+        y = y + _response(C * log_A.exp() * state, log_A, T)
+        last_state = last_state + (T * log_A).exp() * state
     return y.transpose(1, 2), last_state
 
 
@@ -117,12 +118,12 @@ def _each(
     log_A: Tensor,
     B: Tensor,
     C: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     cu_seqlens: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """`run` on each packed sequence, laid end to end again."""
     parts = [
-        run(u[:, i:j], log_A, B, C, state[s : s + 1], None)
+        run(u[:, i:j], log_A, B, C, None if state is None else state[s : s + 1])
         for s, (i, j) in enumerate(pairwise(cu_seqlens.tolist()))
     ]
     return torch.cat([y for y, _ in parts], 1), torch.cat([h for _, h in parts])
@@ -172,8 +173,8 @@ def _check(
     D: Tensor | None,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> int:
-    """Raise ValueError for arguments that do not fit; return the number of sequences."""
+) -> None:
+    """Raise ValueError for arguments that do not fit."""
     Bt, T, channels = check_tensor("u", u, 3, "[Bt,T,D]").shape
     if min(Bt, T, channels) < 1:
         raise fail("u", f"shape {tuple(u.shape)}", "Bt, T and D >= 1", "skip the call")
@@ -190,7 +191,6 @@ def _check(
     if state is not None:
         _check_complex("state", state, 3, "[S,D,N]", u)
         check_shape("state", state, (S, *shape), "[S,D,N]")
-    return S
 
 
 def _check_complex(name: str, x: object, ndim: int, layout: str, like: Tensor) -> None:
