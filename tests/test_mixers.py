@@ -205,6 +205,29 @@ def test_bfloat16_autocast(name):
 
 @every_mixer
 @torch.no_grad()
+def test_bfloat16_weights(name):
+    mixer, x = build(name).to(torch.bfloat16), tokens(2, 70).to(torch.bfloat16)
+    y, state = in_pieces(mixer, x, [0, 66, 67, 70])
+    exact, _ = mixer.float()(x.float())  # the rounded weights, computed with precisely
+    assert y.dtype == torch.bfloat16
+    assert (y - exact).norm() < 0.05 * exact.norm()
+    if "recurrent" in state:
+        assert state["recurrent"].dtype in (torch.float32, torch.complex64)
+
+
+@every_mixer
+@torch.no_grad()
+def test_float64(name):
+    mixer, x = build(name).double(), tokens(2, 70).double()
+    whole, end = mixer(x)
+    y, state = in_pieces(mixer, x, [0, 66, 67, 70])
+    torch.testing.assert_close(y, whole, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(state, end, rtol=1e-9, atol=1e-9)
+    assert (build(name)(x.float())[0] - y).norm() < 1e-4 * y.norm()
+
+
+@every_mixer
+@torch.no_grad()
 def test_state_dict_round_trip(name):
     mixer, other = build(name), build(name, seed=7)
     x = tokens(1, 9)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from subquad.mixers.base import Mixer, State, divide
 from subquad.mixers.convolution import ShortConvolution
-from subquad.mixers.norms import RMSNorm, l2_normalise
+from subquad.mixers.norms import RMSNorm, at_least_float32, l2_normalise
 from subquad.recurrence import Delta, linear_recurrence
 
 
@@ -60,13 +60,14 @@ class DeltaNet(Mixer):
         H = self.num_heads
         qkv, beta = self.in_proj(x).split((3 * self.hidden_size, H), dim=-1)
         qkv, conv = self.conv(qkv, past.get("conv"), cu_seqlens)
+        beta = at_least_float32(beta).sigmoid() * self.beta_scale  # [B,T,H]
         qk, v = qkv.unflatten(-1, (3 * H, self.head_dim)).split((2 * H, H), dim=2)
         q, k = l2_normalise(qk).chunk(2, dim=2)  # [B,T,H,K]
         o, recurrent = linear_recurrence(
             q,
             k,
             v,
-            erase=Delta(beta.float().sigmoid() * self.beta_scale),  # [B,T,H]
+            erase=Delta(beta),
             state=past.get("recurrent"),
             cu_seqlens=cu_seqlens,
         )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from subquad.mixers.base import Mixer, State, divide
 from subquad.mixers.convolution import ShortConvolution
 from subquad.mixers.init import no_weight_decay, set_log_uniform_, set_step_size_
-from subquad.mixers.norms import NormThenGate, l2_normalise
+from subquad.mixers.norms import NormThenGate, at_least_float32, l2_normalise
 from subquad.recurrence import Delta, linear_recurrence
 from subquad.recurrence.validate import fail
 
@@ -93,13 +93,15 @@ class GatedDeltaNet(Mixer):
         qkv, conv = self.conv(qkv, past.get("conv"), cu_seqlens)
         qk, v = qkv.split(self.conv_sizes, dim=-1)
         q, k = l2_normalise(qk.unflatten(-1, (-1, self.head_dim))).chunk(2, dim=2)  # [B,T,Hk,K]
+        beta = at_least_float32(b).sigmoid() * self.beta_scale  # [B,T,H]
+        dt = F.softplus(at_least_float32(a) + self.dt_bias)  # [B,T,H]
         heads = (self.num_v_heads, self.value_head_dim)
         o, recurrent = linear_recurrence(
             q,
             k,
             v.unflatten(-1, heads),  # [B,T,H,V]
-            log_decay=-self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias),  # [B,T,H]
-            erase=Delta(b.float().sigmoid() * self.beta_scale),  # [B,T,H]
+            log_decay=-dt * at_least_float32(self.A_log).exp(),  # [B,T,H]
+            erase=Delta(beta),
             state=past.get("recurrent"),
             cu_seqlens=cu_seqlens,
         )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from subquad.mixers.base import Mixer, State, divide
 from subquad.mixers.init import no_weight_decay
-from subquad.mixers.norms import NormThenGate
+from subquad.mixers.norms import NormThenGate, at_least_float32
 from subquad.recurrence import linear_recurrence
 
 
@@ -60,7 +60,7 @@ class GLA(Mixer):
         past = self.check_inputs(x, state, cu_seqlens)
         heads = (self.num_heads, -1)
         q, k, v, gate, low = self.in_proj(x).split(self.sizes, dim=-1)
-        log_decay = F.logsigmoid(self.decay_proj(low).float()) / self.gate_temperature
+        log_decay = F.logsigmoid(at_least_float32(self.decay_proj(low))) / self.gate_temperature
         o, recurrent = linear_recurrence(
             q.unflatten(-1, heads),  # [B,T,H,K]
             k.unflatten(-1, heads),  # [B,T,H,K]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from subquad.mixers.base import Mixer, State, divide
 from subquad.mixers.convolution import ShortConvolution
 from subquad.mixers.init import no_weight_decay, set_log_uniform_, set_step_size_
-from subquad.mixers.norms import GateThenNorm
+from subquad.mixers.norms import GateThenNorm, at_least_float32
 from subquad.recurrence import linear_recurrence
 
 
@@ -88,12 +88,12 @@ class Mamba2(Mixer):
         xBC, conv = self.conv(xBC, past.get("conv"), cu_seqlens)
         x, k, q = xBC.split(self.conv_sizes, dim=-1)
         x = x.unflatten(-1, (self.num_heads, self.head_dim))  # [B,T,H,P]
-        dt = F.softplus(dt.float() + self.dt_bias)  # [B,T,H]
+        dt = F.softplus(at_least_float32(dt) + self.dt_bias)  # [B,T,H]
         y, recurrent = linear_recurrence(
             q.unflatten(-1, (-1, self.state_size)),  # [B,T,G,N]
             k.unflatten(-1, (-1, self.state_size)),  # [B,T,G,N]
             (x * dt[..., None]).to(x.dtype),  # [B,T,H,P]
-            log_decay=-dt * self.A_log.float().exp(),  # [B,T,H]
+            log_decay=-dt * at_least_float32(self.A_log).exp(),  # [B,T,H]
             scale=1.0,
             state=past.get("recurrent"),
             cu_seqlens=cu_seqlens,

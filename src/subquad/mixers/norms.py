@@ -76,6 +76,10 @@ def l2_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
     The eps stands inside the root, as in the published models: `F.normalize` clamps instead, and
     differs for short keys. The norm is float32 (float64 for float64): keys longer than 1 diverge.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    norm = torch.linalg.vector_norm(at_least_float32(x), dim=-1, keepdim=True)
     return x * torch.rsqrt(norm * norm + eps).to(x.dtype)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32 where its own dtype is shorter: gates and decays compound over all tokens."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
