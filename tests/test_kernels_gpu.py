@@ -1,0 +1,105 @@
+"""The Triton kernels on a CUDA device: `pytest -m gpu`. Float64 oracle, computed on the device.
+
+The yardstick for 16 bit inputs is the chunked torch form under autocast: its products take the
+same 16-bit operands. For float32 it is the contract's own 1e-5.
+"""
+
+import pytest
+import torch
+
+from kernel_cases import Case, chunked_torch, errors, kernels, oracle, results
+from subquad.kernels import matrix
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+GATES = ("none", "[H]", "[H,K]", "[B,T,H]", "[B,T,H,K]")
+BF16, FP16 = torch.bfloat16, torch.float16
+SIZES = [(16, 256), (256, 16), (256, 256), (80, 48), (20, 24), (192, 96)]
+PACKED = (0, 1, 2, 66, 131, 132, 450)
+
+
+def check(case: Case) -> None:
+    truth = results(oracle, case, "cuda", torch.float64)
+    ours = errors(results(kernels, case, "cuda"), truth)
+    if case.dtype == torch.float32:
+        allowed = dict.fromkeys(ours, 1e-5)
+    else:
+        with torch.autocast("cuda", case.dtype):
+            theirs = errors(results(chunked_torch, case, "cuda", torch.float32), truth)
+        allowed = {name: 2 * error for name, error in theirs.items()}
+    print(case)
+    print("  " + " ".join(f"{n} {e:.1e}/{allowed[n]:.1e}" for n, e in ours.items()))
+    wrong = {n: (e, allowed[n]) for n, e in ours.items() if not e <= allowed[n]}
+    assert not wrong, f"(error, allowed): {wrong}"
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, torch.float32], ids=str)
+@pytest.mark.parametrize("gate", GATES)
+def test_every_gate_and_type(gate, dtype):
+    check(Case(gate, T=331, B=2, H=4, Hk=2, K=64, V=128, dtype=dtype))
+
+
+@pytest.mark.parametrize("lowest", [-5.0, -50.0])
+@pytest.mark.parametrize("gate", GATES[1:])
+def test_hard_gates(gate, lowest):
+    check(Case(gate, T=331, H=4, Hk=4, K=128, V=128, lowest=lowest, dtype=BF16))
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_bonus(gate):
+    check(Case(gate, T=200, H=4, Hk=4, K=64, V=64, lowest=-5.0, bonus=True, dtype=BF16))
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_packed(gate):
+    check(Case(gate, T=450, H=2, Hk=1, K=64, V=64, cu_seqlens=PACKED, dtype=BF16))
+
+
+@pytest.mark.parametrize(("K", "V"), SIZES)
+@pytest.mark.parametrize("gate", ["[B,T,H]", "[B,T,H,K]"])
+def test_sizes(gate, K, V):
+    check(Case(gate, T=150, K=K, V=V, state=False, dtype=BF16))
+
+
+@pytest.mark.parametrize("T", [1, 63, 64, 65, 257])
+def test_lengths(T):
+    check(Case("[B,T,H,K]", T=T, K=64, V=64, dtype=BF16))
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, (0, 1, 900, 901, 5000)])
+@pytest.mark.parametrize("gate", GATES)
+def test_split_sequences(gate, cu_seqlens):
+    case = Case(gate, T=5000, H=1, K=64, V=64, cu_seqlens=cu_seqlens, dtype=BF16)
+    assert matrix.segment_length(1, 5000, 1, torch.device("cuda", 0)) < 5000
+    check(case)
+
+
+def test_bits_repeat():
+    case = Case("[B,T,H,K]", T=3000, B=2, H=4, Hk=2, K=64, V=64, dtype=BF16)
+    first, second = results(kernels, case, "cuda"), results(kernels, case, "cuda")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_strided_inputs_and_minus_infinity():
+    torch.manual_seed(0)
+    packed = torch.randn(2, 100, 3, 4, 64, device="cuda", dtype=BF16)
+    q, k, v = packed.unbind(2)
+    gate = torch.where(torch.rand(2, 100, 4, device="cuda") < 0.1, -torch.inf, -0.1)
+    o, final = matrix.linear_recurrence(q, k, v, gate)
+    same, also = matrix.linear_recurrence(q.contiguous(), k.contiguous(), v.contiguous(), gate)
+    assert o.isfinite().all() and final.isfinite().all()
+    assert torch.equal(o, same) and torch.equal(final, also)
+
+
+@pytest.mark.parametrize("gate", ["none", "[B,T,H]", "[B,T,H,K]"])
+def test_opcheck_and_compile(gate):
+    case = Case(gate, T=100, B=2, K=32, V=32, dtype=BF16)
+    inputs = [None if x is None else x.requires_grad_() for x in case.inputs("cuda").values()]
+    torch.library.opcheck(matrix.scan_forward, (*inputs, None, 0.3))
+    compiled = torch.compile(lambda *a: matrix.linear_recurrence(*a), fullgraph=True)
+    q, k, v, log_decay, bonus, state = inputs
+    o, final = compiled(q, k, v, log_decay, bonus, None, state)
+    same, also = matrix.linear_recurrence(q, k, v, log_decay, bonus, None, state)
+    assert torch.equal(o, same) and torch.equal(final, also)

@@ -1,0 +1,89 @@
+"""The Triton kernels in Triton's interpreter, on a CPU, against the float64 loop.
+
+The interpreter is chosen when a kernel is defined, for the whole process: one that other tests
+share would hand them interpreted kernels too. So this file runs itself once as a program, which
+works all cases and prints their errors, and the tests look at those.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+GATES = ("none", "[H]", "[H,K]", "[B,T,H]", "[B,T,H,K]")
+PACKED = (0, 1, 30, 95, 160)
+
+
+def cases() -> dict[str, dict]:
+    """Arguments of kernel_cases.Case by name."""
+    found: dict[str, dict] = {}
+    for gate in GATES:
+        found[f"{gate} ragged, grouped, K != V"] = {"gate": gate, "T": 70, "K": 20, "V": 24}
+        found[f"{gate} bonus"] = {"gate": gate, "T": 37, "bonus": True, "lowest": -5.0}
+        found[f"{gate} packed"] = {"gate": gate, "T": 160, "H": 1, "cu_seqlens": PACKED}
+        found[f"{gate} no state"] = {"gate": gate, "T": 33, "B": 2, "state": False}
+    # Not [H]: where both gates are hard, the sum over all tokens of gradients near 0 is rounding.
+    for gate in GATES[2:]:
+        found[f"{gate} hard"] = {"gate": gate, "T": 100, "H": 2, "Hk": 2, "lowest": -50.0}
+    for gate in ("none", "[B,T,H]", "[B,T,H,K]"):
+        found[f"{gate} split"] = {"gate": gate, "T": 600, "H": 1, "split": True}
+    for gate in ("[B,T,H]", "[B,T,H,K]"):
+        split = {"T": 400, "H": 1, "cu_seqlens": (0, 1, 300, 301, 400), "split": True}
+        found[f"{gate} split and packed"] = {"gate": gate, **split}
+        found[f"{gate} one token"] = {"gate": gate, "T": 1}
+        found[f"{gate} bfloat16"] = {"gate": gate, "T": 70, "dtype": "bfloat16", "H": 1}
+    return found
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, dict[str, float]]:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_equal_to_the_loop(interpreted, name):
+    # The interpreter cuts bfloat16 off where a GPU rounds it: twice the error, 2**-8 an operand.
+    allowed = 4 * 2**-8 if "bfloat16" in name else 1e-5
+    wrong = {what: error for what, error in interpreted[name].items() if not error <= allowed}
+    assert not wrong, f"relative errors above {allowed}: {wrong}"
+
+
+def test_reasons_to_decline():
+    import torch
+
+    from subquad.kernels import matrix
+
+    q = torch.zeros(1, 2, 1, 16)
+    assert "CUDA" in matrix.supported(q, q, q)
+
+
+def main() -> None:
+    import triton_interpreter  # noqa: F401, I001 - before anything that imports Triton
+    import torch
+    from kernel_cases import Case, errors, kernels, oracle, results
+    from subquad.kernels import matrix
+
+    whole = matrix.SHORTEST_SEGMENT, matrix.PROGRAMS_PER_PROCESSOR
+    found = {}
+    for name, arguments in cases().items():
+        split = arguments.pop("split", False)
+        matrix.SHORTEST_SEGMENT, matrix.PROGRAMS_PER_PROCESSOR = (256, 64) if split else whole
+        if "dtype" in arguments:
+            arguments["dtype"] = getattr(torch, arguments["dtype"])
+        case = Case(**arguments)
+        truth = results(oracle, case, "cpu", torch.float64)
+        found[name] = errors(results(kernels, case, "cpu"), truth)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""Triton's interpreter for the kernels on a CPU: import this before anything imports Triton.
+
+Two faults of the interpreter of Triton 3.6 are mended here, both outside our kernels: it turns
+one-element arrays to int, which numpy 2.4 refuses, and it multiplies the bit patterns of bfloat16
+operands instead of their values.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def _mend_index() -> None:
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+
+
+def _widen(handle):
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    values = (handle.data.astype(np.uint32) << 16).view(np.float32)
+    return interpreter.TensorHandle(values, tl.float32)
+
+
+def _mend_dot() -> None:
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def create_dot(self, a, b, d, *options):
+        return dot(self, _widen(a), _widen(b), d, *options)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+_mend_index()
+_mend_dot()
