@@ -208,7 +208,7 @@ def test_compiles_into_one_graph(row, ids) -> None:
 
 def test_compiled_hybrid_trains_and_returns_a_cache(ids) -> None:
     torch._dynamo.reset()
-    model = build()
+    model = build(["gla", "softmax_attention"])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         want, got = model(ids), compiled(ids)
