@@ -94,7 +94,7 @@ def test_texts_depend_on_their_past(reader: Reader) -> None:
     other = text.clone()
     other[2] = (other[2] + 1) % VOCAB
     change = (reader.model(other[None]).logits[0] - reader.alone[2]).abs().amax(-1)
-    assert change[:2].max() == 0
+    assert change[:2].max() <= TOLERANCE  # not zero: a convolution by FFT rounds
     assert change[3] > 100 * TOLERANCE
 
 
