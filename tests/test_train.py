@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from subquad.mixers import MIXERS
 from subquad.train import CheckpointError, TrainConfig, TrainingError, load_corpus, train
 from subquad.train.optimizer import learning_rate, make_optimizer
 from subquad.train.rng import rng_state, set_rng_state
@@ -210,10 +211,11 @@ def test_schedule_warms_up_and_falls():
 # ---- resuming
 
 
-@pytest.mark.parametrize("model", [GLA, HYBRID], ids=["gla", "hybrid"])
-def test_resume_is_bitwise(config, tmp_path, model):
+@pytest.mark.parametrize("row", [*MIXERS, "hybrid"])
+def test_resume_is_bitwise(config, tmp_path, row):
     """Stopped twice, once between checkpoints, once by SIGTERM: the same records and weights."""
-    config = dataclasses.replace(config, model=model)
+    one = {"mixer": row, "hidden_size": 32, "num_hidden_layers": 1}
+    config = dataclasses.replace(config, model=HYBRID if row == "hybrid" else one)
     expected = train(config, tmp_path / "whole")
     first = train(config, tmp_path / "cut", on_event=interrupt_after(2))
     assert first.interrupted and first.step == 2
