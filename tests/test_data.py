@@ -9,17 +9,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from subquad.train.data import (
-    HELD_OUT_SHARE,
     Batches,
-    Document,
     Tokens,
     encode,
     heldout_starts,
     load_corpus,
     load_tokenizer,
-    read_documents,
-    split,
 )
+from subquad.train.documents import HELD_OUT_SHARE, Document, read_documents, split
 
 BYTES = load_tokenizer(None)
 

@@ -6,26 +6,19 @@ can be given in bits per byte whichever tokenizer is used. Everything lies in me
 """
 
 import hashlib
-import json
-import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-HELD_OUT_SHARE = 20  # one document (or byte) in twenty is never trained on
-FEW_DOCUMENTS = 200  # below this, a split by document is too uneven: hold out the end of the text
+from subquad.train.documents import Document, read_documents, split
+
 _PIECE_BYTES = 1 << 20  # other tokenizers get the text in pieces of about this size
-
-
-class Document(NamedTuple):
-    name: str
-    text: bytes
 
 
 @dataclass(frozen=True)
@@ -145,42 +138,6 @@ def load_tokenizer(path: str | Path | None) -> Any:
         ) from None
 
 
-def read_documents(source: str) -> list[Document]:
-    """The source's non-empty documents, in an order that depends on their names alone."""
-    if source == "stdlib":
-        documents = _stdlib()
-    elif not Path(source).exists():
-        raise ValueError(
-            f"data: {source!r} does not exist; expected `stdlib`, a text file, a .jsonl file or "
-            "a folder"
-        )
-    elif Path(source).is_dir():
-        documents = _folder(Path(source))
-    else:
-        documents = _file(Path(source), Path(source).name)
-    found = [document for document in documents if document.text]
-    if not found:
-        raise ValueError(f"data: {source!r} holds no text")
-    return found
-
-
-def split(documents: list[Document]) -> tuple[list[Document], list[Document]]:
-    """(train, held-out): by a hash of each document's name, or the last twentieth of a short list.
-
-    The hash keeps a document on its side when others come and go. With few documents the cut goes
-    through the text, at a line's end where there is one.
-    """
-    if len(documents) >= FEW_DOCUMENTS:
-        sides: tuple[list[Document], list[Document]] = ([], [])
-        for document in documents:
-            sides[_hash(document.name) % HELD_OUT_SHARE == 0].append(document)
-        if all(sides):
-            return sides
-    return _split_at(
-        documents, sum(len(d.text) for d in documents) * (HELD_OUT_SHARE - 1) // HELD_OUT_SHARE
-    )
-
-
 def encode(documents: list[Document], tokenizer: Any) -> Tokens:
     """Tokenise documents one after another, an end-of-text id (if there is one) after each."""
     end = tokenizer.eos_token_id
@@ -193,63 +150,6 @@ def encode(documents: list[Document], tokenizer: Any) -> Tokens:
         ids += [document_ids.astype(dtype), np.array(separator, dtype)]
         counts += [document_counts, np.zeros(len(separator), document_counts.dtype)]
     return Tokens(np.concatenate(ids), np.concatenate(counts))
-
-
-def _split_at(documents: list[Document], position: int) -> tuple[list[Document], list[Document]]:
-    for i, (name, text) in enumerate(documents):
-        if position < len(text):
-            line_end = text.rfind(b"\n", 0, position) + 1
-            cut = line_end if line_end > position // 2 else position
-            before, after = Document(name, text[:cut]), Document(f"{name} (end)", text[cut:])
-            return [*documents[:i], before], [after, *documents[i + 1 :]]
-        position -= len(text)
-    raise AssertionError("position lies beyond the text")
-
-
-def _stdlib() -> Iterator[Document]:
-    """Every different .py file of this Python's own library, installed packages excluded."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    seen = set()
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root)
-        if {"site-packages", "dist-packages"} & set(name.parts):
-            continue
-        text = path.read_bytes()
-        # The library repeats some files (test data above all); a copy must not cross the split.
-        if (digest := hashlib.sha256(text).digest()) not in seen:
-            seen.add(digest)
-            yield Document(name.as_posix(), text)
-
-
-def _folder(root: Path) -> Iterator[Document]:
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root)
-        if path.is_file() and not any(part.startswith(".") for part in name.parts):
-            yield from _file(path, name.as_posix())
-
-
-def _file(path: Path, name: str) -> Iterator[Document]:
-    if path.suffix != ".jsonl":
-        yield Document(name, path.read_bytes())
-        return
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                yield Document(f"{name}:{number}", _json_text(line, f"{path}, line {number}"))
-
-
-def _json_text(line: bytes, where: str) -> bytes:
-    try:
-        text: str = json.loads(line)["text"]
-        return text.encode("utf-8", "surrogatepass")
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f'data: {where} is not a JSON object with a string "text"') from None
-
-
-def _hash(name: str) -> int:
-    return int.from_bytes(
-        hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big"
-    )
 
 
 def is_bytes(tokenizer: Any) -> bool:
