@@ -1,0 +1,164 @@
+"""The documentation is true: every Python block of every page runs, and its tables are current.
+
+Blocks fenced as ```python run from top to bottom in one namespace a page, with the page's own line
+numbers in tracebacks. (```py is for code that is only shown.) A table between
+
+    <!-- table: NAME -->        and        <!-- end of table -->
+
+is made from the code by the function TABLES[NAME]. `python tests/test_docs.py` writes them anew.
+"""
+
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import CodeType
+
+import pytest
+import torch
+
+from subquad.mixers import MIXERS
+from subquad.recurrence import ROWS, Row
+
+DOCS = Path(__file__).parents[1] / "docs"
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
+TABLE = re.compile(r"(?<=<!-- table: )(\w+)( -->\n)(.*?)(?=<!-- end of table -->)", re.S)
+
+
+def blocks(page: Path) -> Iterator[CodeType]:
+    """The page's Python, each block compiled as the lines of the page that it is."""
+    text = page.read_text(encoding="utf-8")
+    for block in BLOCK.finditer(text):
+        lines_before = text.count("\n", 0, block.start(1))
+        yield compile("\n" * lines_before + block[1], str(page), "exec")
+
+
+def run(page: Path) -> None:
+    namespace = {"__name__": f"docs.{page.stem.replace('-', '_')}"}
+    for block in blocks(page):
+        exec(block, namespace)
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_rows_behind() -> Iterator[None]:
+    """Pages may register mixers of their own; other tests must not meet them."""
+    before = dict(MIXERS), dict(ROWS)
+    yield
+    for registry, entries in zip((MIXERS, ROWS), before):
+        registry.clear()
+        registry.update(entries)
+
+
+PAGES = [page for page in sorted(DOCS.glob("*.md")) if BLOCK.search(page.read_text("utf-8"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_block_of_the_page_runs(page: Path) -> None:
+    run(page)
+
+
+def test_the_pages_that_promise_to_run_do_have_code() -> None:
+    assert {"add-a-row", "annotated-recurrence"} <= {page.stem for page in PAGES}
+
+
+def test_a_false_claim_fails_at_its_own_line(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Page\n\n```python\nx = 1\n```\n\nSo:\n\n```python\n\nassert x == 2\n```\n")
+    with pytest.raises(AssertionError) as failure:
+        run(page)
+    frame = traceback.extract_tb(failure.value.__traceback__)[-1]
+    assert (frame.filename, frame.lineno) == (str(page), 11)
+    assert frame.line == "assert x == 2"
+
+
+# ---- tables made from the code
+
+
+HIDDEN, SHORT, LONG = 256, 128, 4096
+
+
+def rows_that_run() -> str:
+    """What each row that runs forgets, erases and keeps. Bytes are counted on real states."""
+    lines = [
+        f"| Row | Engine | Decay | Erase | Kept after {SHORT} tokens | after {LONG:,} | Paper |",
+        "|---|---|---|---|--:|--:|---|",
+    ]
+    for name, row in ROWS.items():
+        if name in MIXERS:
+            short, long = (_kib(_state_bytes(name, tokens)) for tokens in (SHORT, LONG))
+            what = (f"`{name}`", row.engine, _decay(row), _erase(row), short, long, row.paper)
+            lines.append(f"| {' | '.join(what)} |")
+    return "\n".join(lines) + "\n"
+
+
+def rows_to_come() -> str:
+    """The published rows that the table lists and no mixer computes yet."""
+    idle = [f"`{name}`" for name in ROWS if name not in MIXERS]
+    return (", ".join(idle) + "." if idle else "None: every row runs.") + "\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "rows_that_run": rows_that_run,
+    "rows_to_come": rows_to_come,
+}
+
+
+def _decay(row: Row) -> str:
+    if row.engine == "attention":
+        return "-"
+    return {
+        "none": "none",
+        "fixed_head": "fixed, a head",
+        "fixed_key": "fixed, a key channel",
+        "fixed_element": "fixed, an element",
+        "token_head": "by token, a head",
+        "token_key": "by token, a key channel",
+        "token_key_value": "by token, key and value channel",
+        "token_element": "by token, an element",
+    }[row.recurrence.decay]
+
+
+def _erase(row: Row) -> str:
+    return {"none": "-", "delta": "delta rule", "low_rank": "rank one"}[row.recurrence.erase]
+
+
+@torch.no_grad()
+def _state_bytes(name: str, tokens: int) -> int:
+    """Of one layer with its default options, after one sequence."""
+    _, state = MIXERS[name](HIDDEN)(torch.zeros(1, tokens, HIDDEN))
+    return sum(tensor.nbytes for tensor in state.values())
+
+
+def _kib(size: int) -> str:
+    return f"{size / 1024:,.0f} KiB"
+
+
+def with_current_tables(text: str) -> str:
+    return TABLE.sub(lambda found: f"{found[1]}{found[2]}\n{TABLES[found[1]]()}\n", text)
+
+
+def pages_with_tables() -> list[Path]:
+    return [page for page in sorted(DOCS.glob("*.md")) if TABLE.search(page.read_text("utf-8"))]
+
+
+def test_tables_are_current() -> None:
+    found = set()
+    for page in pages_with_tables():
+        text = page.read_text(encoding="utf-8")
+        found |= {table[1] for table in TABLE.finditer(text)}
+        assert with_current_tables(text) == text, (
+            f"a table of {page.name} is out of date; `python {Path(__file__).name}` in tests/ "
+            "writes it anew"
+        )
+    assert found == set(TABLES)
+
+
+def main() -> None:
+    for page in pages_with_tables():
+        page.write_text(with_current_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
+        print(f"wrote the tables of {page}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
