@@ -51,7 +51,7 @@ def run_arena(
 ) -> ArenaResults:
     """Train and measure every row of `config`; continue what an earlier call left in `out`.
 
-    Ctrl-C during training saves the row's checkpoint and returns what is finished; the same call
+    Ctrl-C saves a checkpoint of the row in training and returns what is finished; the same call
     goes on from there. Rows already finished are read back, not trained again.
 
     Args:
@@ -73,9 +73,12 @@ def run_arena(
     on_event({"kind": "plan", "plan": plan})
     finished = []
     for row in config.rows:
-        result = _read_row(out / row) or _run_row(row, plan, corpus, out / row, on_event)
+        result = _read_row(out / row)
         if result is None:
-            break
+            try:
+                result = _run_row(row, plan, corpus, out / row, on_event)
+            except KeyboardInterrupt:  # between training steps `train` itself stops and saves
+                break
         finished.append(result)
         on_event({"kind": "row", "row": row, "result": result})
     return ArenaResults(plan, finished)
@@ -112,8 +115,8 @@ def _make_plan(
 
 def _run_row(
     row: str, plan: Plan, corpus: Corpus, folder: Path, on_event: Callable[[Record], None]
-) -> RowResult | None:
-    """Train one row, score it and let it write; None if it was stopped before its last step."""
+) -> RowResult:
+    """Train one row, score it and let it write. KeyboardInterrupt if it was stopped on the way."""
     config, shape = plan.config, plan.shapes[row]
     settings = _train_config(config, shape, plan.steps)
     trained = train(
@@ -124,7 +127,7 @@ def _run_row(
         corpus=corpus,
     )
     if trained.interrupted:
-        return None
+        raise KeyboardInterrupt
     on_event({"kind": "measure", "row": row, "what": "held-out text"})
     bits, sizes = heldout_windows(trained.model, corpus.heldout, settings, config.heldout_tokens)
     pieces = stream(
