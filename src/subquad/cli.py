@@ -19,6 +19,10 @@ To begin with (nothing is downloaded: the text is Python's own standard library)
 
 [cyan]subquad generate runs/gla --prompt "def "[/cyan]
 
+[cyan]subquad arena --rows softmax_attention,gla,mamba2 --minutes 5[/cyan]
+
+[cyan]subquad table[/cyan] lists the rows, [cyan]subquad explain gla[/cyan] tells what one does here.
+
 Each command has examples of its own: [cyan]subquad train --help[/cyan].
 """
 
