@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from subquad.mixers.base import Mixer, State
 from subquad.mixers.init import no_weight_decay, set_
 from subquad.recurrence.lti import diagonal_ssm
-from subquad.recurrence.validate import fail
+from subquad.recurrence.validate import check_shape, fail
 from subquad.ssm.discretize import zero_order_hold
 from subquad.ssm.initial import poles
 
@@ -79,6 +79,9 @@ class S4D(Mixer):
         self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
         past = self.check_inputs(x, state, cu_seqlens).get("recurrent")
+        if past is not None:
+            shape = (past.shape[0], *self.C.shape)
+            check_shape("state['recurrent']", past, shape, "[B,D,N/2,2]")
         A = torch.complex(-self.log_A_real.float().exp(), self.A_imag.float())  # [D,N/2]
         log_A_bar, B_bar = zero_order_hold(self.log_dt.float().exp(), A)
         y, recurrent = diagonal_ssm(
