@@ -23,6 +23,9 @@ from subquad.recurrence import ROWS, Row
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
+FENCED = re.compile(r"^```.*?^```$", re.M | re.S)
+INLINE = re.compile(r"`[^`\n]*`")
+LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)#?([^)\s]*)\)")
 TABLE = re.compile(r"(?<=<!-- table: )(\w+)( -->\n)(.*?)(?=<!-- end of table -->)", re.S)
 
 
@@ -56,6 +59,26 @@ PAGES = [page for page in sorted(DOCS.glob("*.md")) if BLOCK.search(page.read_te
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_block_of_the_page_runs(page: Path) -> None:
     run(page)
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    pages = {page.name: FENCED.sub("", page.read_text("utf-8")) for page in DOCS.glob("*.md")}
+    links = [
+        (name, target, anchor)
+        for name, text in pages.items()
+        for target, anchor in LINK.findall(INLINE.sub("", text))
+    ]
+    assert links
+    for name, target, anchor in links:
+        assert not target or (DOCS / target).exists(), f"{name} links to {target}, which is no file"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", pages[target or name], re.M)
+            assert anchor in map(slug, headings), f"{name} links to {target}#{anchor}"
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading, as mkdocs and GitHub make it."""
+    return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
 
 
 def test_the_pages_that_promise_to_run_do_have_code() -> None:

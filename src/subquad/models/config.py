@@ -128,7 +128,8 @@ class SubquadConfig(PreTrainedConfig):
     def _check_mixers(self) -> None:
         argument = "layers" if self.layers else "mixer"
         for row in self.rows:
-            _check_choice(argument, row, MIXERS)
+            own = "a row of your own is known once the module that registers it is imported"
+            _check_choice(argument, row, MIXERS, hint=own)
         if self.mixer_options is not None and not isinstance(self.mixer_options, dict):
             raise fail(
                 "mixer_options",
@@ -137,7 +138,8 @@ class SubquadConfig(PreTrainedConfig):
                 'mixer_options={"gla": {"num_heads": 4}}',
             )
         for row, options in (self.mixer_options or {}).items():
-            _check_choice("mixer_options", row, MIXERS, hint='{"gla": {"num_heads": 4}}')
+            form = 'the form is mixer_options={"gla": {"num_heads": 4}}'
+            _check_choice("mixer_options", row, MIXERS, hint=form)
             if row not in self.rows:
                 raise fail(
                     "mixer_options",
@@ -187,7 +189,7 @@ def _check_choice(name: str, value: object, choices: Iterable[str], hint: str = 
     close = difflib.get_close_matches(str(value), choices, n=3)
     fix = f"did you mean {' or '.join(map(repr, close))}?" if close else "pick one of these"
     if hint:
-        fix += f"; the form is {name}={hint}"
+        fix += f"; {hint}"
     raise fail(name, repr(value), f"one of {', '.join(choices) or 'nothing (it takes none)'}", fix)
 
 
