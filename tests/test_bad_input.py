@@ -147,6 +147,7 @@ def test_forms_and_implementations():
     )
     complaint("^form: .*reference", **a, form="chunked", impl="reference")
     complaint("^impl: got 'triton'", **a, impl="triton")
+    complaint("^impl: got 'numba'", **a, impl="numba")
 
 
 def test_combinations():

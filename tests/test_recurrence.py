@@ -276,6 +276,30 @@ def test_continuing_is_one_pass(decay, erase, bonus):
     torch.testing.assert_close(state, final, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("hard", [False, True], ids=["easy", "hard"])
+@pytest.mark.parametrize(("decay", "erase", "bonus"), CASES)
+def test_compiled_decoding(decay, erase, bonus, hard):
+    """One token of many sequences in compiled code: small (one thread) and large (several)."""
+    for B, K, V in ((1, 1, 1), (3, 6, 5), (4, 64, 160)):
+        arguments = make(decay, erase, bonus, B=B, T=1, K=K, V=V, hard=hard)
+        want = linear_recurrence(**arguments, impl="reference")
+        single = {n: x.float() for n, x in leaves(arguments).items()}
+        call = {n: single.get(n, x) for n, x in arguments.items()}
+        if erase == "delta":
+            call["erase"] = Delta(single["beta"])
+        elif erase == "low_rank":
+            call["erase"] = LowRank(single["a"], single["b"])
+        before = call["state"].clone()
+        with torch.no_grad():
+            assert explain(**call).impl == "numba"
+            got = linear_recurrence(**call)
+        for g, w in zip(got, want):
+            assert ((g.double() - w).norm() / w.norm()).item() < 1e-5
+        assert torch.equal(call["state"], before)  # an old state stays valid
+        call["q"].requires_grad_()
+        assert explain(**call).impl == "torch"
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 16, 32, 128, 256])
 def test_any_chunk_size(chunk, monkeypatch):
     from subquad.recurrence import api

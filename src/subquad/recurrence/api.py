@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from subquad.recurrence import forms, reference
+from subquad.recurrence.eager import can_call_compiled_code
 from subquad.recurrence.explanation import Explanation, tell, watched
 from subquad.recurrence.reference import Delta, Erase, LowRank
 from subquad.recurrence.spec import FORMS, Recurrence
@@ -20,7 +21,7 @@ from subquad.recurrence.validate import (
     fail,
 )
 
-IMPLS = ("reference", "torch", "triton")
+IMPLS = ("reference", "torch", "numba", "triton")
 CHUNK = 64  # the fastest of 16..256 on the CPU at head sizes 64-256, see docs/results/cpu.md
 
 
@@ -64,8 +65,8 @@ def linear_recurrence(
             end to end in one row (B = 1). Each has its own state and none sees another.
         form: "recurrent" (token by token), "chunked", "parallel" (all pairs, quadratic; not for
             packed sequences) or "auto". All give the same result.
-        impl: "reference" (the recurrent form in float64, the specification), "torch", "triton" (on
-            a GPU) or "auto".
+        impl: "reference" (the recurrent form in float64, the specification), "torch", "numba" (one
+            token on the CPU without gradients, for decoding), "triton" (on a GPU) or "auto".
 
     Returns:
         o [B,T,H,V] in v's dtype, and the final state, like `state`. Both are differentiable. The
@@ -79,7 +80,7 @@ def linear_recurrence(
     (arXiv:2406.06484); bonus, Peng et al. 2024 (RWKV-5/6, arXiv:2404.05892).
     """
     _check(q, k, v, log_decay, erase, bonus, state, cu_seqlens)
-    plan = _plan(q, v, erase, bonus, cu_seqlens, form, impl)
+    plan = _plan(q, k, v, log_decay, erase, bonus, state, cu_seqlens, form, impl)
     if watched():
         tell(_explain(plan, q, v, log_decay, erase, bonus, cu_seqlens))
     with _no_autocast(q.device.type):
@@ -104,7 +105,7 @@ def explain(
     Nothing is computed, so tensors on the "meta" device do. Raises what the call would raise.
     """
     _check(q, k, v, log_decay, erase, bonus, state, cu_seqlens)
-    plan = _plan(q, v, erase, bonus, cu_seqlens, form, impl)
+    plan = _plan(q, k, v, log_decay, erase, bonus, state, cu_seqlens, form, impl)
     return _explain(plan, q, v, log_decay, erase, bonus, cu_seqlens)
 
 
@@ -145,9 +146,12 @@ class _Plan:
 
 def _plan(
     q: Tensor,
+    k: Tensor,
     v: Tensor,
+    log_decay: Tensor | None,
     erase: Erase,
     bonus: Tensor | None,
+    state: Tensor | None,
     cu_seqlens: Tensor | None,
     form: str,
     impl: str,
@@ -166,6 +170,16 @@ def _plan(
                 "form", repr(form), "'recurrent' with impl='reference'", "use impl='torch' for it"
             )
         return _Plan("recurrent", "reference", 1, "the reference is the recurrent form in float64")
+    if impl == "numba" or (impl == "auto" and form in ("auto", "recurrent") and T == 1):
+        given = (q, k, v, log_decay, *_tensors(erase), bonus, state)
+        compiled = T == 1 and can_call_compiled_code(x for x in given if x is not None)
+        if compiled and form in ("auto", "recurrent"):
+            why = "one token and no gradient: one pass over the state in compiled code"
+            return _Plan("recurrent", "numba", 1, why)
+        if impl == "numba":
+            got = f"'numba' with form={form!r}, T = {T}, {q.dtype} on {q.device}"
+            only = "one float32 token on the CPU, no gradients, form 'recurrent' or 'auto'"
+            raise fail("impl", got, only, "use impl='auto'")
     if form == "parallel" and cu_seqlens is not None:
         raise fail(
             "form", "'parallel' with cu_seqlens", "'chunked' or 'recurrent'", "use form='chunked'"
@@ -217,11 +231,48 @@ def _run(
         state.to(dtype),
         cu_seqlens,
     )
-    if plan.form == "recurrent":
+    if plan.impl == "numba":
+        o, final = _one_token(*arguments[:-1])
+    elif plan.form == "recurrent":
         o, final = reference.loop(*arguments)
     else:
         o, final = forms.chunked(*arguments, plan.chunk)
     return o.to(v.dtype), final.to(kept)
+
+
+def _one_token(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    erase: Erase,
+    bonus: Tensor | None,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    from subquad.kernels import matrix_step_cpu  # compiles, and imports numba, when first used
+
+    decay = reference.decay_at(log_decay, 0)
+    if decay is not None:
+        decay = decay.exp().expand(*state.shape[:2], -1)
+    o, final = matrix_step_cpu.step(
+        q[:, 0],
+        k[:, 0],
+        v[:, 0],
+        decay,
+        erase.beta[:, 0] if isinstance(erase, Delta) else None,
+        erase.a[:, 0] if isinstance(erase, LowRank) else None,
+        erase.b[:, 0] if isinstance(erase, LowRank) else None,
+        bonus,
+        state,
+    )
+    return o[:, None], final
+
+
+def _tensors(erase: Erase) -> tuple[Tensor, ...]:
+    """Those of an erase."""
+    if isinstance(erase, Delta):
+        return (erase.beta,)
+    return (erase.a, erase.b) if isinstance(erase, LowRank) else ()
 
 
 def _check(
