@@ -50,10 +50,10 @@ def launcher(gate: str, part: str, shape: tuple[int, ...], tiles: matrix.Tiles):
         channels = K if gate == "KEY" else matrix._blocks(K, tiles)
         extra["reads"] = torch.zeros(B, T, H, channels, device="cuda")
         extra["ends" if reverse else "finish"] = torch.zeros(B, H, K, V, device="cuda")
-        if reverse:
-            rows = (layout.segments,) if gate == "HEAD_FIXED" else (B, T)
-            dtype = torch.bfloat16 if gate == "KEY" else torch.float32
-            extra["dgate"] = torch.zeros(*rows, H, channels, device="cuda", dtype=dtype)
+        if reverse and gate == "KEY":
+            extra["dgate"] = torch.zeros(B, T, H, K, device="cuda", dtype=torch.bfloat16)
+        elif reverse:
+            extra["totals"] = torch.zeros(layout.segments, H, channels, device="cuda")
     return lambda: matrix._scan(
         r, w, x, y, prepared, layout, tiles, H, out=out, reverse=reverse, scale=0.1, **extra
     )

@@ -116,16 +116,12 @@ def choose_tiles(contracted: int, out: int, dtype: torch.dtype, gate: int, gate_
     """Tile sizes by shape class; the figures behind them are in docs/kernels.md."""
     depth = _padded(contracted)
     if dtype != torch.bfloat16:  # twice the bytes, and several passes per product
-        chunk, columns, warps, stages = 32, 32, 4, 1
-    elif gate == KEY:
-        chunk, columns, warps, stages = 64, 64, 4 if depth <= 128 else 8, 1
-    elif depth <= 128:
-        chunk, columns, warps, stages = (64, 64, 4, 2) if gate == HEAD else (64, 128, 8, 2)
-    else:
-        chunk, columns, warps, stages = 64, 64, 8, 1
-    if columns > _padded(out):
-        columns, warps = _padded(out), 4
-    return Tiles(chunk, columns, warps, stages)
+        return Tiles(32, 32, 4, 1)
+    if gate == KEY:
+        return Tiles(32, 64, 4 if depth <= 128 else 8, 2)
+    if depth <= 128:
+        return Tiles(64, 64, 4, 2)
+    return Tiles(64, 64, 8, 1)
 
 
 def _padded(size: int) -> int:
@@ -256,9 +252,9 @@ def _sum_gate(gate: _Gate, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chun
     chunks = chunks + len(cu_seqlens) - 1 if packed else batch * chunks
     first = torch.empty(chunks, heads, width, **options)
     last = torch.empty_like(first)
-    fits = torch.empty(chunks, heads, device=v.device, dtype=torch.int32)
+    fits = torch.empty(heads, chunks, device=v.device, dtype=torch.int32)
     sum_key_gates[grid](
-        gate.values, first, last, fits, *pieces.walk(first), gate.token, gate.head,
+        gate.values, first, last, fits, *pieces.walk(first), chunks, gate.token, gate.head,
         H=heads, K=width, BK=_padded(width), C=chunk, PACKED=packed,
     )  # fmt: skip
     return gate._replace(sums=(first, last, fits))
@@ -281,22 +277,25 @@ def _scan(
     absent = x  # a valid pointer that the kernel never follows
     start_scale, finish_scale = (1 / scale, scale) if reverse else (1.0, 1.0)
     dot, precision = _dot_type(x.dtype)
-    scan[(layout.segments * heads * _blocks(x.shape[-1], tiles),)](
-        r, w, x, y if read else absent, partner, gate.values, first, last, fits,
-        *(absent if t is None else t
-          for t in (bonus, start, finish, totals, ends, reads, dgate, dbonus)),
-        *layout.walk(x), x.shape[0] * x.shape[1], scale, start_scale, finish_scale,
-        r.stride(1), r.stride(2), w.stride(1), w.stride(2), x.stride(1), x.stride(2),
-        partner.stride(1), partner.stride(2), gate.token, gate.head,
-        H=heads, R_SHARE=heads // r.shape[2], W_SHARE=heads // w.shape[2],
-        X_SHARE=heads // x.shape[2], M=w.shape[-1], N=x.shape[-1], BM=_padded(w.shape[-1]),
-        BN=tiles.columns, C=tiles.chunk, GATE=gate.kind, FIXED=gate.fixed, OUT=out,
-        REVERSE=reverse, BONUS=bonus is not None, READ=read, START=start is not None,
-        FINISH=finish is not None, KEEP_READS=reads is not None and dgate is None,
-        GATE_GRAD=dgate is not None, PACKED=layout.table is not None,
-        EXACT_BF16=gate.values.dtype == torch.bfloat16,
-        DOT=dot, PREC=precision, num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
+    # How far a head's row of the gate sums reaches: over all tokens, or all chunks.
+    in_all = fits.shape[-1] if gate.kind == KEY else x.shape[0] * x.shape[1]
+    for far in (False, True) if gate.kind == KEY else (False,):
+        scan[(layout.segments * heads * _blocks(x.shape[-1], tiles),)](
+            r, w, x, y if read else absent, partner, gate.values, first, last, fits,
+            *(absent if t is None else t
+              for t in (bonus, start, finish, totals, ends, reads, dgate, dbonus)),
+            *layout.walk(x), in_all, scale, start_scale, finish_scale,
+            r.stride(1), r.stride(2), w.stride(1), w.stride(2), x.stride(1), x.stride(2),
+            partner.stride(1), partner.stride(2), gate.token, gate.head,
+            H=heads, R_SHARE=heads // r.shape[2], W_SHARE=heads // w.shape[2],
+            X_SHARE=heads // x.shape[2], M=w.shape[-1], N=x.shape[-1], BM=_padded(w.shape[-1]),
+            BN=tiles.columns, C=tiles.chunk, GATE=gate.kind, FIXED=gate.fixed, OUT=out,
+            REVERSE=reverse, BONUS=bonus is not None, READ=read, START=start is not None,
+            FINISH=finish is not None, KEEP_READS=reads is not None and not reverse,
+            GATE_GRAD=reads is not None and reverse, FAR=far, PACKED=layout.table is not None,
+            PARTS=1 if gate.values.dtype == torch.bfloat16 else 3,
+            DOT=dot, PREC=precision, num_warps=tiles.warps, num_stages=1 if far else tiles.stages,
+        )  # fmt: skip
 
 
 def _dot_type(dtype: torch.dtype) -> tuple[object, str]:
@@ -413,37 +412,44 @@ def scan_backward(
 
     dq = v.new_empty(*v.shape[:3], width)
     dk = torch.empty_like(dq)
-    kept: dict[str, Tensor] = {}
-    ends = dgate = dbonus = None
+    reads = writes = ends = tails = dgate = dbonus = None
     if with_gate:
-        blocks = _blocks(width, key_tiles)  # of which each sums over its own columns
+        blocks = _blocks(width, key_tiles)
         channels = width if gate.kind == KEY else blocks
-        kept["reads"] = v.new_empty(*v.shape[:3], channels, dtype=torch.float32)
-        dgate = torch.empty_like(kept["reads"], dtype=log_decay.dtype if gate.kind == KEY else None)
-        if gate.fixed:
-            dgate = v.new_empty(layout.segments, heads, channels, dtype=torch.float32)
+        writes = reads = v.new_empty(*v.shape[:3], channels, dtype=torch.float32)
         ends = _empty_states(k, v, layout.segments)
+        if gate.fixed:  # summed over the tokens of a segment
+            size = (layout.segments, heads, width)[: 3 if gate.kind == KEY else 2]
+            dgate = v.new_empty(size, dtype=torch.float32)
+        else:
+            dgate = v.new_empty(log_decay.shape, dtype=log_decay.dtype)
+        if gate.kind != KEY:
+            writes = torch.empty_like(reads)
+            tails = v.new_empty(layout.segments, heads, blocks, dtype=torch.float32)
     if bonus is not None:
         dbonus = v.new_empty(layout.segments, heads, width, dtype=torch.float32)
     _scan(do, v, k, dq, gate, layout, key_tiles, out=True, start=state, finish=ends, partner=q,
-          **kept, **common)  # fmt: skip
+          reads=reads, **common)  # fmt: skip
     _scan(v, do, q, dk, gate, layout, key_tiles, out=True, reverse=True, start=dfinal, ends=ends,
-          partner=k, dgate=dgate, dbonus=dbonus, **kept, **common)  # fmt: skip
+          partner=k, reads=writes, totals=tails, dgate=dgate, dbonus=dbonus, **common)  # fmt: skip
+    if tails is not None:
+        from .scan import sum_slopes
+
+        sum_slopes[(layout.segments * heads,)](
+            reads, writes, tails, dgate, *layout.walk(v), H=heads, BLOCKS=blocks, C=1024,
+            FIXED=gate.fixed, BONUS=bonus is not None, PACKED=layout.table is not None,
+        )  # fmt: skip
     return (
         _unshare(dq, q), _unshare(dk, k), dv, _fold(dgate, log_decay, v), _fold(dbonus, bonus, v),
         dstate,
     )  # fmt: skip
 
 
-def _fold(partial: Tensor | None, parameter: Tensor | None, like: Tensor) -> Tensor:
-    """Sum a gradient's partial sums, over segments if first, over blocks of columns if last."""
-    if partial is None or parameter is None:
+def _fold(gradient: Tensor | None, parameter: Tensor | None, like: Tensor) -> Tensor:
+    """Sum a gradient's first axis, segments, unless the parameter has a value for each token."""
+    if gradient is None or parameter is None:
         return like.new_empty(0)
-    if parameter.ndim <= 2:
-        partial = partial.sum(0)
-    if partial.ndim > parameter.ndim:
-        partial = partial.sum(-1)
-    return partial.to(parameter.dtype)
+    return gradient.sum(0).to(parameter.dtype) if parameter.ndim <= 2 else gradient
 
 
 def _unshare(gradient: Tensor, like: Tensor) -> Tensor:

@@ -25,8 +25,8 @@ import triton.language as tl
 FLOOR = tl.constexpr(-104.0)
 LOG2E = tl.constexpr(1.4426950408889634)
 FLOOR2 = tl.constexpr(-151.0)  # the same for powers of two
-# A factor exp(+-FAR) times any sane activation stays inside bfloat16's and float32's range.
-FAR = tl.constexpr(40.0)
+# A factor exp(+-FARTHEST) times any sane activation stays inside bfloat16's and float32's range.
+FARTHEST = tl.constexpr(40.0)
 
 # Kinds of gate (GATE): which tensor, and how it varies.
 NONE = tl.constexpr(0)
@@ -65,20 +65,21 @@ def load_gates(base, rows, cols, stride, count, WIDTH: tl.constexpr, EVEN: tl.co
 
 
 @triton.jit
-def sum_gates(select, gates, EXACT_BF16: tl.constexpr):
-    """select @ gates for a 0/+-1 matrix: sums on the tensor cores, exact up to float32 adding.
+def sum_gates(select, gates, PARTS: tl.constexpr):
+    """select @ gates for a 0/+-1 matrix: sums on the tensor cores.
 
-    Float32 gates go as three bfloat16 parts, 24 bits in all.
+    The gates go as PARTS bfloat16 numbers each: one holds bfloat16 gates, three any float32.
     """
     select = select.to(tl.bfloat16)
     part = gates.to(tl.bfloat16)
     total = tl.dot(select, part)
-    if not EXACT_BF16:
+    if PARTS > 1:
         rest = gates.to(tl.float32) - part.to(tl.float32)
         part = rest.to(tl.bfloat16)
         total = tl.dot(select, part, total)
-        part = (rest - part.to(tl.float32)).to(tl.bfloat16)
-        total = tl.dot(select, part, total)
+        if PARTS > 2:
+            part = (rest - part.to(tl.float32)).to(tl.bfloat16)
+            total = tl.dot(select, part, total)
     return total
 
 
@@ -99,6 +100,23 @@ def read_state(r, state, WHOLE: tl.constexpr, DOT: tl.constexpr, PREC: tl.conste
     if WHOLE and DOT.primitive_bitwidth == 16:
         y = tl.dot(r, (state - high.to(tl.float32)).to(DOT), y, input_precision=PREC)
     return y
+
+
+@triton.jit
+def all_fit(fits, chunks):
+    """Whether near_chunk may take all chunks of a segment."""
+    one = tl.arange(0, 128)
+    least = tl.full([128], 1, tl.int32)
+    for begin in range(0, chunks, 128):
+        here = tl.load(fits + begin + one, mask=begin + one < chunks, other=1)
+        least = tl.minimum(least, here)
+    return tl.min(least, 0) != 0
+
+
+@triton.jit
+def diagonal(scores):
+    t = tl.arange(0, scores.shape[0])
+    return tl.sum(tl.where(t[:, None] == t[None, :], scores, 0.0), 1)
 
 
 @triton.jit
@@ -149,7 +167,7 @@ def head_decays(sums, parts, t, count, REVERSE: tl.constexpr, BONUS: tl.constexp
 
 
 @triton.jit
-def near_chunk(r, w, x, partner, state, gates, first, last, keep, EXACT_BF16: tl.constexpr,
+def near_chunk(r, w, x, partner, state, gates, first, last, keep, PARTS: tl.constexpr,
                OUT: tl.constexpr, REVERSE: tl.constexpr, BONUS: tl.constexpr, READ: tl.constexpr,
                SLOPES: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
                C: tl.constexpr):  # fmt: skip
@@ -163,47 +181,51 @@ def near_chunk(r, w, x, partner, state, gates, first, last, keep, EXACT_BF16: tl
     up = (t[None, :] >= middle) & (t[None, :] <= t[:, None])
     down = (t[None, :] < middle) & (t[None, :] > t[:, None])
     select = tl.where(up, 1.0, 0.0) - tl.where(down, 1.0, 0.0)
-    from_middle = sum_gates(select, gates, EXACT_BF16)
-    writer = tl.exp(-from_middle)
-    if BONUS:
-        reader = tl.exp(from_middle - gates.to(tl.float32))
-    else:
-        reader = tl.exp(from_middle)
-    # In time order `reader` belongs to the later token of a pair, whichever of r and w holds it.
+    since = sum_gates(select, gates, PARTS)  # the middle; before it, negative
+    # The later token of a pair gains exp(since), the earlier exp(-since), whichever of r and w
+    # holds it: `row` for r, `column` for w.
     if REVERSE:
-        row, column = writer, reader
+        row, column = -since, since
         enter, leave = last, first
     else:
-        row, column = reader, writer
+        row, column = since, -since
         enter, leave = first, last
+    if BONUS:  # the reader stands before its own gate
+        if REVERSE:
+            column -= gates.to(tl.float32)
+        else:
+            row -= gates.to(tl.float32)
     entered = state * along(tl.exp(enter), OUT)
     y = tl.zeros([C, state.shape[1]], tl.float32)
     dots = y
+    own = tl.zeros([C], tl.float32)
     if OUT:
-        moved = (x * column).to(DOT)
+        moved = (x * tl.exp(column)).to(DOT)
         if READ:
             scores = tl.dot(r, tl.trans(w), input_precision=PREC)
+            own = diagonal(scores)
             scores = tl.where(keep, scores, 0.0).to(DOT)
             y = read_state(r, entered, SLOPES, DOT, PREC)
             y = tl.dot(scores, moved, y, input_precision=PREC)
+            row = tl.exp(row)
             if SLOPES:
                 dots = (partner * row).to(DOT) * y
             y *= row
         state = tl.dot(tl.trans(w), moved, entered, input_precision=PREC)
     else:
-        moved = (w * column).to(DOT)
+        moved = (w * tl.exp(column)).to(DOT)
         if READ:
-            reads = (r * row).to(DOT)
+            reads = (r * tl.exp(row)).to(DOT)
             scores = tl.dot(reads, tl.trans(moved), input_precision=PREC)
             scores = tl.where(keep, scores, 0.0).to(DOT)
             y = tl.dot(reads, entered.to(DOT), input_precision=PREC)
             y = tl.dot(scores, x, y, input_precision=PREC)
         state = tl.dot(tl.trans(moved), x, entered, input_precision=PREC)
-    return y, dots, state * along(tl.exp(leave), OUT)
+    return y, dots, own, state * along(tl.exp(leave), OUT)
 
 
 @triton.jit
-def far_chunk(r, w, x, partner, state, gates, total, EXACT_BF16: tl.constexpr,
+def far_chunk(r, w, x, partner, state, gates, total, PARTS: tl.constexpr,
               OUT: tl.constexpr, REVERSE: tl.constexpr, BONUS: tl.constexpr, READ: tl.constexpr,
               SLOPES: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
               C: tl.constexpr):  # fmt: skip
@@ -217,16 +239,17 @@ def far_chunk(r, w, x, partner, state, gates, total, EXACT_BF16: tl.constexpr,
     i = t[:, None]
     s = t[None, :]
     if BONUS:
-        before = tl.exp(sum_gates(tl.where(s < i, 1.0, 0.0), gates, EXACT_BF16))
+        before = tl.exp(sum_gates(tl.where(s < i, 1.0, 0.0), gates, PARTS))
     else:
-        before = tl.exp(sum_gates(tl.where(s <= i, 1.0, 0.0), gates, EXACT_BF16))
-    after = tl.exp(sum_gates(tl.where(s > i, 1.0, 0.0), gates, EXACT_BF16))
+        before = tl.exp(sum_gates(tl.where(s <= i, 1.0, 0.0), gates, PARTS))
+    after = tl.exp(sum_gates(tl.where(s > i, 1.0, 0.0), gates, PARTS))
     if REVERSE:
         read, write = after, before
     else:
         read, write = before, after
     y = tl.zeros([C, state.shape[1]], tl.float32)
     dots = y
+    own = tl.zeros([C], tl.float32)
     scores = tl.zeros([C, C], tl.float32)
     if READ:
         if OUT:
@@ -235,6 +258,7 @@ def far_chunk(r, w, x, partner, state, gates, total, EXACT_BF16: tl.constexpr,
                 dots = (partner * read).to(DOT) * y
             y *= read
             scores = tl.dot(r, tl.trans(w), input_precision=PREC)
+            own = diagonal(scores)
         else:
             y = tl.dot((r * read).to(DOT), state.to(DOT), input_precision=PREC)
         size = 1
@@ -246,7 +270,7 @@ def far_chunk(r, w, x, partner, state, gates, total, EXACT_BF16: tl.constexpr,
                 ours = tl.where(right, (s >= boundary) & (s < i), (s > i) & (s < boundary + size))
             else:
                 ours = tl.where(right, (s >= boundary) & (s <= i), (s > i) & (s < boundary + size))
-            factor = tl.exp(sum_gates(tl.where(ours, 1.0, 0.0), gates, EXACT_BF16))
+            factor = tl.exp(sum_gates(tl.where(ours, 1.0, 0.0), gates, PARTS))
             if REVERSE:
                 keep = near & ((i & size) == 0) & ((s & size) != 0)
             else:
@@ -264,15 +288,15 @@ def far_chunk(r, w, x, partner, state, gates, total, EXACT_BF16: tl.constexpr,
             size *= 2
         if not OUT:
             if not BONUS:  # a token reads its own write undecayed
-                own = tl.sum(r.to(tl.float32) * w.to(tl.float32), 1)
-                scores += tl.where(i == s, own[:, None], 0.0)
+                undecayed = tl.sum(r.to(tl.float32) * w.to(tl.float32), 1)
+                scores += tl.where(i == s, undecayed[:, None], 0.0)
             y = tl.dot(scores.to(DOT), x, y, input_precision=PREC)
     state = state * along(tl.exp(total), OUT)
     if OUT:
         state = tl.dot(tl.trans(w), (x * write).to(DOT), state, input_precision=PREC)
     else:
         state = tl.dot(tl.trans((w * write).to(DOT)), x, state, input_precision=PREC)
-    return y, dots, state
+    return y, dots, own, state
 
 
 @triton.jit(do_not_specialize=["tokens", "seg_len", "per_row", "in_all"])
@@ -286,17 +310,22 @@ def scan(
     M: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, FIXED: tl.constexpr, OUT: tl.constexpr, REVERSE: tl.constexpr,
     BONUS: tl.constexpr, READ: tl.constexpr, START: tl.constexpr, FINISH: tl.constexpr,
-    KEEP_READS: tl.constexpr, GATE_GRAD: tl.constexpr, PACKED: tl.constexpr,
-    EXACT_BF16: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+    KEEP_READS: tl.constexpr, GATE_GRAD: tl.constexpr, FAR: tl.constexpr, PACKED: tl.constexpr,
+    PARTS: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """One segment, one head, BN output columns. See the module's docstring for the parts.
 
     start, finish: states [segments, H, K, V] in and out; READ=False only carries the state, and
     leaves the segment's summed gates in `totals`.
 
+    Gates per key channel take two launches: one leaves out the segments with a chunk too far for
+    near_chunk, and FAR takes those. Neither compiles to what the other does well: with both paths
+    in one loop, no load is fetched ahead and the registers of one spill for the other's sake.
+
     A gate's gradient is the sum over the tokens from it on of q.dq - k.dk, plus the state's
     product with its own gradient at the segment's end. KEEP_READS (in dq) stores q.dq in `reads`;
     GATE_GRAD (in dk) takes them up, and the `ends` that dq has left; `partner` is q and k there.
+    (Per head, it leaves k.dk in its own `reads` and that product in `totals` to `sum_slopes`.)
     Both sums see every pair of tokens once and all but the pairs across the gate must cancel, to
     the bit: each dot takes its partner as rounded as the other scan takes it, the state is read
     whole, and the token's own pair, which no gate is part of, is left out.
@@ -307,6 +336,11 @@ def scan(
     head = (pid // BLOCKS) % H
     segment = pid // (BLOCKS * H)
     begin, length, chunk = locate(segment, table, tokens, seg_len, per_row, PACKED, C)
+    chunks = tl.cdiv(length, C)
+    if GATE == KEY:
+        fits += head * tl.cast(in_all, tl.int64) + chunk
+        if all_fit(fits, chunks) == FAR:
+            return
     t = tl.arange(0, C)
     m = tl.arange(0, BM)
     n = block * BN + tl.arange(0, BN)
@@ -343,6 +377,8 @@ def scan(
     if GATE_GRAD and START:
         end = tl.load(ends + place * (M * N) + cell, mask=inside, other=0.0)
         later += tl.sum(state * end, 0) * finish_scale
+    if GATE_GRAD and GATE != KEY:
+        tl.store(totals + place * BLOCKS + block, tl.sum(later, 0))
     grown = tl.zeros([BN], tl.float32)
     bonus_grown = tl.zeros([BN], tl.float32)
     distance = gap(C, REVERSE)
@@ -354,7 +390,6 @@ def scan(
     if GATE == HEAD_FIXED:
         step_gate = tl.maximum(tl.load(gate).to(tl.float32) * LOG2E, FLOOR2)
 
-    chunks = tl.cdiv(length, C)
     for step in range(0, chunks):
         if REVERSE:
             c = chunks - 1 - step
@@ -380,20 +415,25 @@ def scan(
             before = tl.load(first + at + g, mask=g < G, other=0.0)
             after = tl.load(last + at + g, mask=g < G, other=0.0)
             gone += before + after
-            if tl.load(fits + (chunk + c) * H + head) != 0:
-                y_CN, dots, state = near_chunk(
+            near = True
+            if FAR:
+                near = tl.load(fits + c) != 0
+            if near:
+                y_CN, dots, own, state = near_chunk(
                     r_CM, w_CM, x_CN, partner_CN, state, gates, before, after, keep,
-                    EXACT_BF16, OUT, REVERSE, BONUS, READ, SLOPES, DOT, PREC, C,
+                    PARTS, OUT, REVERSE, BONUS, READ, SLOPES, DOT, PREC, C,
                 )  # fmt: skip
             else:
-                y_CN, dots, state = far_chunk(
+                y_CN, dots, own, state = far_chunk(
                     r_CM, w_CM, x_CN, partner_CN, state, gates, before + after,
-                    EXACT_BF16, OUT, REVERSE, BONUS, READ, SLOPES, DOT, PREC, C,
+                    PARTS, OUT, REVERSE, BONUS, READ, SLOPES, DOT, PREC, C,
                 )  # fmt: skip
         else:
             moved = x_CN
             if READ:
                 scores = tl.dot(r_CM, tl.trans(w_CM), input_precision=PREC)
+                if STRICT and OUT:
+                    own = diagonal(scores)
                 y_CN = read_state(r_CM, state, SLOPES, DOT, PREC)
             if GATE != NONE:
                 if GATE == HEAD:
@@ -418,7 +458,7 @@ def scan(
                     scores *= tl.exp2(pair)
                     read = tl.exp2(read)[:, None]
                     if SLOPES:
-                        dots = (partner_CN * read).to(DOT) * y_CN
+                        dots = tl.sum((partner_CN * read).to(DOT) * y_CN, 1)
                     y_CN *= read
                 moved = (x_CN * tl.exp2(write)[:, None]).to(DOT)
                 state *= tl.exp2(total)
@@ -427,7 +467,7 @@ def scan(
                 scores = tl.where(keep, scores, 0.0).to(DOT)
                 if SLOPES:
                     pairs = tl.dot(scores, x_CN, input_precision=PREC)
-                    dots = tl.sum(dots + partner_CN * pairs, 1)
+                    dots += tl.sum(partner_CN * pairs, 1)
                     y_CN += pairs
                 else:
                     y_CN = tl.dot(scores, x_CN, y_CN, input_precision=PREC)
@@ -439,45 +479,32 @@ def scan(
             tile = token[:, None] * N + n[None, :]
             if SLOPES:
                 dots *= y_scale
-            if KEEP_READS:
-                if GATE == KEY:
-                    tl.store(reads + tile, dots, mask=real)
+            if SLOPES and GATE != KEY:
+                tl.store(reads + token * BLOCKS + block, dots, mask=t < count)
+            elif KEEP_READS:
+                tl.store(reads + tile, dots, mask=real)
+            elif GATE_GRAD:
+                qdq = tl.load(reads + tile, mask=real, other=0.0)
+                change = qdq - dots
+                upto = tl.where(t[None, :] >= t[:, None], 1.0, 0.0)
+                slope = sum_gates(upto, change, 3 if PRECISE else 2)
+                slope += later[None, :]
+                later += tl.sum(change, 0)
+                if BONUS:
+                    slope -= qdq
+                if FIXED:
+                    grown += tl.sum(tl.where(real, slope, 0.0), 0)
                 else:
-                    tl.store(reads + token * BLOCKS + block, dots, mask=t < count)
-            if GATE_GRAD:
-                if GATE == KEY:
-                    qdq = tl.load(reads + tile, mask=real, other=0.0)
-                    change = qdq - dots
-                    upto = tl.where(t[None, :] >= t[:, None], 1.0, 0.0)
-                    slope = sum_gates(upto, change, False) + later[None, :]
-                    later += tl.sum(change, 0)
-                    if BONUS:
-                        slope -= qdq
-                    if FIXED:
-                        grown += tl.sum(tl.where(real, slope, 0.0), 0)
-                    else:
-                        tl.store(dgate + tile, slope.to(dgate.dtype.element_ty), mask=real)
-                else:
-                    qdq = tl.load(reads + token * BLOCKS + block, mask=t < count, other=0.0)
-                    change = qdq - dots
-                    slope = tl.cumsum(change, 0, reverse=True) + tl.sum(later, 0)
-                    later += tl.where(n == block * BN, tl.sum(change, 0), 0.0)
-                    if BONUS:
-                        slope -= qdq
-                    if FIXED:
-                        slope = tl.sum(tl.where(t < count, slope, 0.0), 0)
-                        grown += tl.where(n == block * BN, slope, 0.0)
-                    else:
-                        tl.store(dgate + token * BLOCKS + block, slope, mask=t < count)
+                    tl.store(dgate + tile, slope.to(dgate.dtype.element_ty), mask=real)
 
             if STRICT:
                 if OUT:
-                    own = tl.sum(r_CM.to(tl.float32) * w_CM.to(tl.float32), 1)[:, None] * x_CN
+                    self_CN = own[:, None] * x_CN
                     if BONUS_GRAD:
-                        bonus_grown += tl.sum(own * partner_CN, 0) * y_scale
+                        bonus_grown += tl.sum(self_CN * partner_CN, 0) * y_scale
                     if BONUS:
-                        own *= extra[None, :]
-                    y_CN += own
+                        self_CN *= extra[None, :]
+                    y_CN += self_CN
                 else:
                     y_CN += tl.sum(r_CM * (w_CM * extra[None, :]), 1)[:, None] * x_CN
             tl.store(y + tile, (y_CN * y_scale).to(y.dtype.element_ty), mask=real)
@@ -486,11 +513,8 @@ def scan(
         tl.store(finish + place * (M * N) + cell, state * finish_scale, mask=inside)
     if not READ and GATE != NONE:
         tl.store(totals + place * G + g, gone, mask=(g < G) & (block == 0))
-    if GATE_GRAD and FIXED:
-        if GATE == KEY:
-            tl.store(dgate + place * N + n, grown, mask=n < N)
-        else:
-            tl.store(dgate + place * BLOCKS + block, tl.sum(grown, 0))
+    if GATE_GRAD and FIXED and GATE == KEY:
+        tl.store(dgate + place * N + n, grown, mask=n < N)
     if BONUS_GRAD:
         tl.store(dbonus + place * N + n, bonus_grown, mask=n < N)
 
@@ -522,9 +546,9 @@ def sum_head_gates(
         tl.store(wholes + at, tl.cumsum(value, 0), mask=mask)
 
 
-@triton.jit(do_not_specialize=["tokens", "seg_len", "per_row"])
+@triton.jit(do_not_specialize=["tokens", "seg_len", "per_row", "in_all"])
 def sum_key_gates(
-    gate, first, last, fits, table, tokens, seg_len, per_row, gate_token, gate_head,
+    gate, first, last, fits, table, tokens, seg_len, per_row, in_all, gate_token, gate_head,
     H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Summed gates of every chunk's two halves, and whether the middle-factored path may run."""
@@ -544,7 +568,8 @@ def sum_key_gates(
         at = (chunk + c) * H + head
         tl.store(first + at * K + k, tl.sum(left, 0), mask=k < K)
         tl.store(last + at * K + k, tl.sum(right, 0), mask=k < K)
-        tl.store(fits + at, (tl.max(size, 0) <= FAR).to(tl.int32))
+        flag = head * tl.cast(in_all, tl.int64) + chunk + c
+        tl.store(fits + flag, (tl.max(size, 0) <= FARTHEST).to(tl.int32))
 
 
 @triton.jit(do_not_specialize=["per_row"])
@@ -582,3 +607,41 @@ def join(
             carry *= tl.exp(total)
         carry += grown
     tl.store(finish + (sequence * H + head) * K * V + cell, carry, mask=inside)
+
+
+@triton.jit(do_not_specialize=["tokens", "seg_len", "per_row"])
+def sum_slopes(
+    reads, writes, tails, dgate, table, tokens, seg_len, per_row,
+    H: tl.constexpr, BLOCKS: tl.constexpr, C: tl.constexpr, FIXED: tl.constexpr,
+    BONUS: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """The gradient of gates per head: reverse sums of q.dq - k.dk over a segment."""
+    pid = tl.program_id(0)
+    head = pid % H
+    place = pid.to(tl.int64)
+    begin, length, _ = locate(pid // H, table, tokens, seg_len, per_row, PACKED, C)
+    t = tl.arange(0, C)
+    grown = tl.zeros([C], tl.float32)
+    later = tl.load(tails + place * BLOCKS)
+    for block in tl.static_range(1, BLOCKS):
+        later += tl.load(tails + place * BLOCKS + block)
+    chunks = tl.cdiv(length, C)
+    for step in range(0, chunks):
+        t0 = tl.cast((chunks - 1 - step) * C, tl.int64)
+        real = t0 + t < length
+        token = (begin + t0 + t) * H + head
+        qdq = tl.zeros([C], tl.float32)
+        kdk = tl.zeros([C], tl.float32)
+        for block in tl.static_range(BLOCKS):
+            qdq += tl.load(reads + token * BLOCKS + block, mask=real, other=0.0)
+            kdk += tl.load(writes + token * BLOCKS + block, mask=real, other=0.0)
+        slope = tl.cumsum(qdq - kdk, 0, reverse=True) + later
+        later += tl.sum(qdq - kdk, 0)
+        if BONUS:
+            slope -= qdq
+        if FIXED:
+            grown += tl.where(real, slope, 0.0)
+        else:
+            tl.store(dgate + token, slope.to(dgate.dtype.element_ty), mask=real)
+    if FIXED:
+        tl.store(dgate + place, tl.sum(grown, 0))
