@@ -3,16 +3,17 @@
 Token s reaches token t through exp(g_{s+1} + ... + g_t). Two temptations are avoided here.
 Factoring it into e^{G_t} e^{-G_s}, with cumulative sums G, overflows once a chunk decays by more
 than e^88. The difference e^{G_t - G_s} does not overflow but cancels: behind a token with log
-decay -50 the sums have lost the digits that later gates near 0 need.
+decay -50 the sums have lost the digits that later gates near 0 need. So every segment is summed by
+itself, and every exponent is a sum of numbers <= 0 over its own tokens.
 
-So every segment is summed by itself, by bisection. Cut the chunk in two halves; a pair with s on
-the left and t on the right meets at the cut:
+For a number a head that is one masked cumulative sum, [C,C] a head and chunk. For a number a key
+channel, [C,C,K] would be too much, and the segments are summed by bisection. Cut the chunk in two
+halves; a pair with s on the left and t on the right meets at the cut:
 
     g_{s+1} + ... + g_t  =  suffix_s (left half, after s)  +  prefix_t (right half, t included)
 
-Both are sums of numbers <= 0 over their own segment, so both exponentials are <= 1 and as accurate
-as the gates. Pairs inside one half are the same problem, half as large. For a decay per key
-channel each such block of scores is one matrix product, (q e^prefix) (k e^suffix)^T.
+Each such block of scores is one matrix product, (q e^prefix) (k e^suffix)^T, with both factors
+<= 1. Pairs inside one half are the same problem, half as large.
 
     B batch  Hk key heads  G heads sharing a key  N chunks  C chunk size, a power of two  K  V
     x, y     [B,Hk,G|1,N,C,K]   (1: shared by the group, never expanded)
@@ -99,31 +100,28 @@ class NoDecay:
 class HeadDecay:
     """One number a head and token: multiplies scores and values, so shared keys stay shared.
 
-    log_decay [B|1,Hk,G,N|1,C]; a 1 where a fixed decay is the same for all.
+    log_decay [B|1,Hk,G,N|1,C]; a 1 where a fixed decay is the same for all. The weights are kept
+    with s before t, so that the cumulative sums run along memory.
     """
 
     def __init__(self, log_decay: Tensor) -> None:
-        segment = torch.zeros_like(log_decay)[..., None, None]  # [..,C,1,1], blocks of one token
-        levels = _bisect(log_decay.unsqueeze(-1))
-        for prefix, suffix in levels[:-1]:
-            low = prefix[..., 1::2, :, :] + suffix[..., 0::2, :, :].mT  # [..,C/2h,h,h]
-            high = torch.full_like(low, float("-inf"))
-            top = torch.cat([segment[..., 0::2, :, :], high], -1)
-            bottom = torch.cat([low, segment[..., 1::2, :, :]], -1)
-            segment = torch.cat([top, bottom], -2)  # [..,C/2h,2h,2h]
-        prefix, suffix = levels[-1]
-        self.weights = segment.squeeze(-3).exp()  # [..,C,C], 0 above the diagonal
-        self.start = prefix.squeeze(-3).exp()  # [..,C,1]
-        self.end = suffix.squeeze(-3).exp()  # [..,C,1]
+        C = log_decay.shape[-1]
+        before = torch.ones(C, C, dtype=torch.bool, device=log_decay.device).tril()  # t <= s
+        rows = log_decay.unsqueeze(-2).expand(*log_decay.shape, C)  # [..,C,C], g_t in every row s
+        segment = rows.masked_fill(before, 0.0).cumsum(-1)  # g_{s+1} + ... + g_t
+        self.weights = segment.exp().triu()  # [..,C,C], of s -> t
+        self.start = log_decay.cumsum(-1).exp().unsqueeze(-1)  # [..,C,1]
+        self.end = self.weights[..., -1:]  # [..,C,1]
         self.totals = self.start[..., -1:, :].unbind(3)  # of each chunk: [B|1,Hk,G,1,1]
 
     def scores(self, x: Tensor, y: Tensor, diagonal: bool, own: bool = True) -> Tensor:
         weights = self.weights
-        if not own:  # the decay s -> t-1 stands one row higher
-            weights = pad(weights[..., :-1, :], (0, 0, 1, 0))
+        if not own:  # the decay s -> t-1 stands one column before
+            weights = pad(weights[..., :-1], (1, 0))
         elif not diagonal:
-            weights = weights.tril(-1)
-        return pairs(x, y) * weights
+            weights = weights.triu(1)
+        scores: Tensor = (pairs(y, x) * weights).mT
+        return scores
 
     def _start(self, own: bool) -> Tensor:
         return self.start if own else pad(self.start[..., :-1, :], (0, 0, 1, 0), value=1.0)
