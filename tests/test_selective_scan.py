@@ -1,5 +1,8 @@
 """selective_scan: every form and implementation against the float64 loop over tokens."""
 
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -88,6 +91,43 @@ def test_channels_split_over_threads():
     finally:
         torch.set_num_threads(before)
     assert_close(got, results(arguments, torch.float64, impl="reference"), 1e-5)
+
+
+@torch.no_grad()
+def test_decoding_a_large_batch_splits_over_threads_too():
+    x, dt, A, B, C, D, state = (t.detach().float() for t in inputs(40, 1, D=300, N=16).values())
+    got = selective_scan(x, dt, A, B, C, D, state)
+    torch.testing.assert_close(got, selective_scan(x, dt, A, B, C, D, state, impl="reference"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pieces", [1, 1500])
+def test_silence_leaves_no_denormal_numbers(pieces):
+    """A state that decays in silence would run a hundred times slower below 1e-38."""
+    T, D, N = 1500, 64, 4
+    x, state = torch.zeros(1, T, D), torch.ones(1, D, N)
+    dt, ones = torch.full((1, T, D), 0.1), torch.ones(1, T, N)
+    A = -torch.linspace(0.5, 1.0, D)[:, None].expand(D, N)
+    for tokens in zip(*(t.chunk(pieces, 1) for t in (x, dt, ones))):
+        x_t, dt_t, ones_t = tokens
+        _, state = selective_scan(x_t, dt_t, A, ones_t, ones_t, None, state, impl="numba")
+    smallest = torch.finfo(torch.float32).smallest_normal
+    assert ((state == 0) | (state >= smallest)).all() and (state == 0).any()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_works_in_a_forked_child():
+    """A child inherits the thread pool's object without its threads; it must make its own."""
+    arguments = [t.detach().float() for t in inputs(2, 70, D=300, N=16).values()]
+    want, _ = selective_scan(*arguments)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("fork")) as children:
+        got, _ = children.submit(_scan_without_threads, arguments).result(timeout=60)
+    assert torch.equal(got, want)
+
+
+def _scan_without_threads(arguments):
+    torch.set_num_threads(1)  # torch's own threads do not survive a fork either
+    return selective_scan(*arguments)
 
 
 @given(st.data())

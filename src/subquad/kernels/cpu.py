@@ -95,7 +95,7 @@ def sequence_bounds(batch: int, T: int, cu_seqlens: Tensor | None) -> np.ndarray
     """Where the sequences lie in the flattened rows, [N+1] int64: packed, or the batch's rows."""
     if cu_seqlens is None:
         return np.arange(batch + 1, dtype=np.int64) * T
-    return cu_seqlens.to(torch.int64).numpy()
+    return cu_seqlens.to(torch.int64).contiguous().numpy()
 
 
 _pool: ThreadPoolExecutor | None = None
