@@ -120,11 +120,15 @@ def _step(x, weight, bias, state, silu, y, new_state, start, stop):
     """One token of each row: x, y [S,D], weight [D,W], bias [D], states [S,W-1,D]."""
     past = weight.shape[1] - 1
     for s in range(x.shape[0]):
-        for d in range(start, stop):
-            z = bias[d] + weight[d, past] * x[s, d]
-            for w in range(past):
-                z += weight[d, w] * state[s, w, d]
-            y[s, d] = z * sigmoid(z) if silu else z
+        out = y[s, start:stop]
+        for j in range(out.size):
+            out[j] = bias[start + j] + weight[start + j, past] * x[s, start + j]
+        for w in range(past):
+            for j in range(out.size):
+                out[j] += weight[start + j, w] * state[s, w, start + j]
+        if silu:
+            for j in range(out.size):
+                out[j] *= sigmoid(out[j])
         for w in range(past - 1):
             new_state[s, w, start:stop] = state[s, w + 1, start:stop]
         if past > 0:
