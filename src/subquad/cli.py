@@ -309,13 +309,21 @@ def arena(
     steps: Annotated[
         int | None, typer.Option(help="Steps of every row, whatever time they take.")
     ] = None,
-    seq_len: Annotated[int | None, typer.Option(show_default="256")] = None,
-    batch_size: Annotated[int | None, typer.Option(show_default="8")] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens in a sequence.", show_default="256")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences in a step.", show_default="4")
+    ] = None,
     lr: Annotated[
         float | None, typer.Option(help="Peak learning rate of every row.", show_default="0.003")
     ] = None,
-    seed: Annotated[int | None, typer.Option(show_default="0")] = None,
-    device: Annotated[str | None, typer.Option(show_default="auto")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of weights and batches.", show_default="0")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda ...", show_default="auto")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Where runs and report go.")] = Path("runs/arena"),
 ) -> None:
     """Train several rows alike and compare their quality, speed and memory.

@@ -16,7 +16,7 @@ from subquad.arena.results import (
     write_atomically,
     write_json,
 )
-from subquad.recurrence.table import ROWS
+from subquad.recurrence import ROWS
 
 _NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
 

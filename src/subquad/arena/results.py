@@ -28,7 +28,7 @@ class ArenaConfig:
     steps: int | None = None
     minutes: float = 6.0
     seq_len: int = 256
-    batch_size: int = 8
+    batch_size: int = 4
     lr: float = 3e-3
     seed: int = 0
     contexts: tuple[int, ...] = (128, 2048, 16384)
