@@ -48,8 +48,8 @@ class Decay(Protocol):
     def write(self, keys: Tensor, values: Tensor) -> Tensor:
         """writer(keys)^T @ values: [..,K,V]."""
 
-    def carry(self, state: Tensor, n: int) -> Tensor:
-        """A state [B,Hk,G,K,V] from the start of chunk n to its end."""
+    def carry(self, state: Tensor, n: int, written: Tensor) -> Tensor:
+        """A state [B,Hk,G,K,V] from the start of chunk n to its end, plus what the chunk wrote."""
 
 
 def shared_matmul(x: Tensor, y: Tensor) -> Tensor:
@@ -93,8 +93,8 @@ class NoDecay:
     def write(self, keys: Tensor, values: Tensor) -> Tensor:
         return shared_matmul(keys.mT, values)
 
-    def carry(self, state: Tensor, n: int) -> Tensor:
-        return state
+    def carry(self, state: Tensor, n: int, written: Tensor) -> Tensor:
+        return state + written
 
 
 class HeadDecay:
@@ -106,10 +106,10 @@ class HeadDecay:
 
     def __init__(self, log_decay: Tensor) -> None:
         C = log_decay.shape[-1]
-        before = torch.ones(C, C, dtype=torch.bool, device=log_decay.device).tril()  # t <= s
+        ones = torch.ones(C, C, dtype=torch.bool, device=log_decay.device)
         rows = log_decay.unsqueeze(-2).expand(*log_decay.shape, C)  # [..,C,C], g_t in every row s
-        segment = rows.masked_fill(before, 0.0).cumsum(-1)  # g_{s+1} + ... + g_t
-        self.weights = segment.exp().triu()  # [..,C,C], of s -> t
+        segment = rows.masked_fill(ones.tril(), 0.0).cumsum_(-1)  # g_{s+1} + ... + g_t
+        self.weights = segment.masked_fill_(ones.tril(-1), float("-inf")).exp_()  # of s -> t
         self.start = log_decay.cumsum(-1).exp().unsqueeze(-1)  # [..,C,1]
         self.end = self.weights[..., -1:]  # [..,C,1]
         self.totals = self.start[..., -1:, :].unbind(3)  # of each chunk: [B|1,Hk,G,1,1]
@@ -138,8 +138,8 @@ class HeadDecay:
     def write(self, keys: Tensor, values: Tensor) -> Tensor:
         return shared_matmul(keys.mT, values * self.end)
 
-    def carry(self, state: Tensor, n: int) -> Tensor:
-        return state * self.totals[n if len(self.totals) > 1 else 0]
+    def carry(self, state: Tensor, n: int, written: Tensor) -> Tensor:
+        return torch.addcmul(written, state, self.totals[n if len(self.totals) > 1 else 0])
 
 
 class KeyDecay:
@@ -188,8 +188,8 @@ class KeyDecay:
     def write(self, keys: Tensor, values: Tensor) -> Tensor:
         return self.writer(keys).mT @ values
 
-    def carry(self, state: Tensor, n: int) -> Tensor:
-        return state * self.totals[n if len(self.totals) > 1 else 0]
+    def carry(self, state: Tensor, n: int, written: Tensor) -> Tensor:
+        return torch.addcmul(written, state, self.totals[n if len(self.totals) > 1 else 0])
 
 
 def _bisect(log_decay: Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -78,14 +78,12 @@ def chunked(
         for n in range(qn.shape[3]):
             S = grid.enter(S, initial, begin + n)
             starts.append(S)
-            after = decay.carry(S, n)
-            if written is not None:
-                after = after + written[n]
+            new = [] if written is None else [written[n]]
             if erasing is not None:
                 U, W, writer = erasing[n]
                 reads.append(U - W @ S)
-                after = after + writer @ reads[-1]
-            S = after
+                new.append(writer @ reads[-1])
+            S = decay.carry(S, n, sum(new[1:], new[0]))
             if cu_seqlens is not None:
                 ends.append(S)
         o = decay.read(qn, torch.stack(starts, 3), own=bonus is None)
