@@ -62,7 +62,7 @@ def describe(
     """One line for `explain`: the kernel, its tile sizes, and how the sequence is split."""
     batch, tokens, heads, width = v.shape
     gate = gate_kind(log_decay)
-    tiles = choose_tiles(q.shape[-1], width, v.dtype, gate, False)
+    tiles = choose_tiles(q.shape[-1], v.dtype, gate)
     length = segment_length(batch, tokens, heads * _blocks(width, tiles), v.device)
     pieces = f"segments of {length} tokens" if length < tokens else "one pass over the sequence"
     return (
@@ -112,16 +112,18 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def choose_tiles(contracted: int, out: int, dtype: torch.dtype, gate: int, gate_out: bool) -> Tiles:
-    """Tile sizes by shape class; the figures behind them are in docs/kernels.md."""
-    depth = _padded(contracted)
+def choose_tiles(contracted: int, dtype: torch.dtype, gate: int) -> Tiles:
+    """Tile sizes by shape class, measured with benchmarks/tune.py; figures in docs/kernels.md.
+
+    Never fewer than 64 columns, even where the head has fewer: narrower products on Hopper's
+    tensor cores read beside their operands (triton-lang/triton#11366; seen here on 3.6).
+    """
+    wide = _padded(contracted) > 128
     if dtype != torch.bfloat16:  # twice the bytes, and several passes per product
-        return Tiles(32, 32, 4, 1)
+        return Tiles(32, 64, 8 if wide else 4, 1)
     if gate == KEY:
-        return Tiles(32, 64, 4 if depth <= 128 else 8, 2)
-    if depth <= 128:
-        return Tiles(64, 64, 4, 2)
-    return Tiles(64, 64, 8, 1)
+        return Tiles(32, 64, 8 if wide else 4, 2)
+    return Tiles(64, 64, 8, 1) if wide else Tiles(64, 64, 4, 2)
 
 
 def _padded(size: int) -> int:
@@ -341,8 +343,8 @@ def _plan(k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | N
     batch, tokens, heads, columns = v.shape
     width = k.shape[-1]
     gate = _prepare_gate(log_decay, v)
-    value_tiles = choose_tiles(width, columns, v.dtype, gate.kind, False)
-    key_tiles = choose_tiles(columns, width, v.dtype, gate.kind, True)
+    value_tiles = choose_tiles(width, v.dtype, gate.kind)
+    key_tiles = choose_tiles(columns, v.dtype, gate.kind)
     length = segment_length(batch, tokens, heads * _blocks(columns, value_tiles), v.device)
     layout = lay_out(batch, tokens, length, cu_seqlens, value_tiles.chunk)
     gate = _sum_gate(gate, k, v, cu_seqlens, value_tiles.chunk)

@@ -457,34 +457,32 @@ def scan(
                 if READ:
                     scores *= tl.exp2(pair)
                     read = tl.exp2(read)[:, None]
-                    if SLOPES:
-                        dots = tl.sum((partner_CN * read).to(DOT) * y_CN, 1)
+                    if SLOPES:  # what rounding adds to the partner of the state's part
+                        weighed = partner_CN * read
+                        dots = tl.sum((weighed.to(DOT).to(tl.float32) - weighed) * y_CN, 1)
                     y_CN *= read
                 moved = (x_CN * tl.exp2(write)[:, None]).to(DOT)
                 state *= tl.exp2(total)
                 gone += total / LOG2E
             if READ:
                 scores = tl.where(keep, scores, 0.0).to(DOT)
+                y_CN = tl.dot(scores, x_CN, y_CN, input_precision=PREC)
                 if SLOPES:
-                    pairs = tl.dot(scores, x_CN, input_precision=PREC)
-                    dots += tl.sum(partner_CN * pairs, 1)
-                    y_CN += pairs
-                else:
-                    y_CN = tl.dot(scores, x_CN, y_CN, input_precision=PREC)
+                    dots += tl.sum(partner_CN * y_CN, 1)
             state = tl.dot(tl.trans(w_CM), moved, state, input_precision=PREC)
 
         if READ:
             real = (t[:, None] < count) & (n[None, :] < N)
-            token = row + (t0 + t) * H
-            tile = token[:, None] * N + n[None, :]
+            token = row + t0 * H
+            tile = t[:, None] * (H * N) + n[None, :]
             if SLOPES:
                 dots *= y_scale
             if SLOPES and GATE != KEY:
-                tl.store(reads + token * BLOCKS + block, dots, mask=t < count)
+                tl.store(reads + token * BLOCKS + block + t * (H * BLOCKS), dots, mask=t < count)
             elif KEEP_READS:
-                tl.store(reads + tile, dots, mask=real)
+                tl.store(reads + token * N + tile, dots, mask=real)
             elif GATE_GRAD:
-                qdq = tl.load(reads + tile, mask=real, other=0.0)
+                qdq = tl.load(reads + token * N + tile, mask=real, other=0.0)
                 change = qdq - dots
                 upto = tl.where(t[None, :] >= t[:, None], 1.0, 0.0)
                 slope = sum_gates(upto, change, 3 if PRECISE else 2)
@@ -495,7 +493,7 @@ def scan(
                 if FIXED:
                     grown += tl.sum(tl.where(real, slope, 0.0), 0)
                 else:
-                    tl.store(dgate + tile, slope.to(dgate.dtype.element_ty), mask=real)
+                    tl.store(dgate + token * N + tile, slope.to(dgate.dtype.element_ty), mask=real)
 
             if STRICT:
                 if OUT:
@@ -507,7 +505,7 @@ def scan(
                     y_CN += self_CN
                 else:
                     y_CN += tl.sum(r_CM * (w_CM * extra[None, :]), 1)[:, None] * x_CN
-            tl.store(y + tile, (y_CN * y_scale).to(y.dtype.element_ty), mask=real)
+            tl.store(y + token * N + tile, (y_CN * y_scale).to(y.dtype.element_ty), mask=real)
 
     if FINISH:
         tl.store(finish + place * (M * N) + cell, state * finish_scale, mask=inside)

@@ -1,0 +1,184 @@
+"""Ours against flash-linear-attention on this machine's GPU, side by side in one run.
+
+    PYTHONPATH=src python benchmarks/gpu.py --out gpu.json
+
+Medians in milliseconds of forward and of forward + backward, the share of the memory floor (each
+input read once and each output written once, at this machine's measured copy rate), peak memory
+and the first call's seconds. fla runs with its own autotuning, its timings cut to 5 + 15 ms a
+configuration. On Triton 3.4 to 3.7.0 fla refuses the backward pass of gated chunks on Hopper, as
+a compiler fault makes its gradients wrong; `--lift-refusal` times it all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from subquad.kernels import matrix
+
+SHAPES = {  # B, T, H, Hk, K, V
+    "B8 T4096 H16 K128 V128": (8, 4096, 16, 16, 128, 128),
+    "B1 T65536 H16 K128 V128": (1, 65536, 16, 16, 128, 128),
+    "B8 T4096 H32 G1 K128 V64 (Mamba-2)": (8, 4096, 32, 1, 128, 64),
+}
+GATES = ("none", "fixed", "head", "key")
+
+
+def inputs(shape: tuple[int, ...], gate: str) -> tuple[list[Tensor], Tensor | None]:
+    B, T, H, Hk, K, V = shape
+    torch.manual_seed(0)
+    options = {"device": "cuda", "dtype": torch.bfloat16}
+    q, k = (torch.randn(B, T, Hk, K, **options).requires_grad_() for _ in range(2))
+    v = torch.randn(B, T, H, V, **options).requires_grad_()
+    log_decay = None
+    if gate == "fixed":  # as RetNet's
+        heads = torch.arange(H, device="cuda", dtype=torch.float32)
+        log_decay = torch.log1p(-torch.exp2(-5 - heads))
+    elif gate == "head":
+        log_decay = torch.nn.functional.logsigmoid(torch.randn(B, T, H, device="cuda") + 2)
+        log_decay.requires_grad_()
+    elif gate == "key":
+        drawn = torch.nn.functional.logsigmoid(torch.randn(B, T, H, K, device="cuda")) / 16
+        log_decay = drawn.bfloat16().requires_grad_()
+    return [q, k, v], log_decay
+
+
+def ours(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
+    return matrix.linear_recurrence(q, k, v, log_decay)[0]
+
+
+def fla(gate: str, shape: tuple[int, ...]) -> Callable[..., Tensor]:
+    from fla.ops.gla import chunk_gla
+    from fla.ops.linear_attn import chunk_linear_attn
+    from fla.ops.retention import chunk_retention
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    H, Hk = shape[2], shape[3]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
+        if Hk != H:  # fla's gated chunks take one key head a head
+            q, k = (x.repeat_interleave(H // Hk, 2) for x in (q, k))
+        if gate == "none":
+            return chunk_linear_attn(q, k, v, normalize=False)[0]
+        if gate == "fixed":
+            return chunk_retention(q, k, v)[0]
+        return (chunk_simple_gla if gate == "head" else chunk_gla)(q, k, v, log_decay)[0]
+
+    return run
+
+
+def lift_refusal() -> None:
+    import fla.ops.common.chunk_o as chunk_o
+
+    chunk_o.TRITON_ABOVE_3_7_1 = True
+
+
+def shorten_autotuning() -> None:
+    import triton.testing
+
+    bench = triton.testing.do_bench
+
+    def brief(fn, warmup=5, rep=15, **options):
+        return bench(fn, warmup=warmup, rep=rep, **options)
+
+    triton.testing.do_bench = brief
+
+
+def copy_rate() -> float:
+    """Bytes a second of a device-to-device copy, read and written ones counted."""
+    from triton.testing import do_bench
+
+    x = torch.empty(2**30, device="cuda", dtype=torch.int32)
+    y = torch.empty_like(x)
+    return (
+        2 * x.nbytes / do_bench(lambda: y.copy_(x), warmup=10, rep=50, return_mode="median") * 1e3
+    )
+
+
+def measure(run: Callable[..., Tensor], tensors: list, gate: Tensor | None) -> dict[str, float]:
+    from triton.testing import do_bench
+
+    do = torch.randn_like(tensors[2])
+    leaves = [x for x in (*tensors, gate) if x is not None and x.requires_grad]
+
+    def both() -> None:
+        torch.autograd.grad(run(*tensors, gate), leaves, do)
+
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    both()
+    torch.cuda.synchronize()
+    first = time.perf_counter() - began
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    both()
+    peak = torch.cuda.max_memory_allocated() - before
+    timing = {"warmup": 20, "rep": 100, "return_mode": "median"}
+    with torch.no_grad():
+        forward = do_bench(lambda: run(*tensors, gate), **timing)
+    return {
+        "forward_ms": forward,
+        "both_ms": do_bench(both, **timing),
+        "peak_MiB": peak / 2**20,
+        "first_call_s": first,
+    }
+
+
+def floor_ms(tensors: list, gate: Tensor | None, rate: float) -> tuple[float, float]:
+    read = sum(x.nbytes for x in (*tensors, gate) if x is not None)
+    o = tensors[2].nbytes
+    forward = read + o
+    return forward / rate * 1e3, (forward + read + o + read) / rate * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--gates", nargs="+", default=GATES, choices=GATES)
+    parser.add_argument("--shapes", nargs="+", type=int, default=range(len(SHAPES)))
+    parser.add_argument("--peers", nargs="*", default=["fla"], choices=["fla"])
+    parser.add_argument("--lift-refusal", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"))
+    args = parser.parse_args()
+    shorten_autotuning()
+    if args.lift_refusal:
+        lift_refusal()
+
+    import triton
+
+    rate = copy_rate()
+    report = {
+        "device": torch.cuda.get_device_name(),
+        "date": datetime.date.today().isoformat(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "copy_TB_per_s": rate / 1e12,
+        "rows": [],
+    }
+    for name in [list(SHAPES)[i] for i in args.shapes]:
+        for gate in args.gates:
+            if "Mamba" in name and gate != "head":
+                continue
+            tensors, log_decay = inputs(SHAPES[name], gate)
+            forward, both = floor_ms(tensors, log_decay, rate)
+            row = {"shape": name, "gate": gate, "floor_ms": [forward, both]}
+            for peer in ("ours", *args.peers):
+                run = ours if peer == "ours" else fla(gate, SHAPES[name])
+                try:
+                    row[peer] = measure(run, tensors, log_decay)
+                except Exception as error:  # a peer that cannot run is a result
+                    row[peer] = {"error": f"{type(error).__name__}: {error}"[:200]}
+                print(name, gate, peer, row[peer], flush=True)
+            report["rows"].append(row)
+            args.out.write_text(json.dumps(report, indent=1))
+            del tensors, log_decay
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
