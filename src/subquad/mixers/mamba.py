@@ -52,21 +52,20 @@ class Mamba(Mixer):
         dt_floor: float = 1e-4,
     ) -> None:
         super().__init__(hidden_size)
-        if dt_rank == "auto":
-            dt_rank = -(-hidden_size // 16)
-        sizes = {"expand": expand, "state_size": state_size, "dt_rank": dt_rank}
+        rank = -(-hidden_size // 16) if dt_rank == "auto" else dt_rank
+        sizes = {"expand": expand, "state_size": state_size, "dt_rank": rank}
         for name, size in {**sizes, "conv_width": conv_width}.items():
             if not isinstance(size, int) or size < 1:
                 raise fail(name, repr(size), "a positive integer", "see the paper's default")
         if not 0 < dt_min <= dt_max:
             raise fail("dt_min", dt_min, f"0 < dt_min <= dt_max = {dt_max}", "order the two")
-        inner = expand * hidden_size
+        inner, rank = expand * hidden_size, int(rank)
         self.steps = (dt_min, dt_max, dt_floor)
-        self.sizes = (dt_rank, state_size, state_size)  # r, B, C
+        self.sizes = (rank, state_size, state_size)  # r, B, C
         self.in_proj = nn.Linear(hidden_size, 2 * inner, bias=bias)
         self.conv = ShortConvolution(inner, conv_width, bias=conv_bias)
-        self.x_proj = nn.Linear(inner, dt_rank + 2 * state_size, bias=False)
-        self.dt_proj = nn.Linear(dt_rank, inner)
+        self.x_proj = nn.Linear(inner, rank + 2 * state_size, bias=False)
+        self.dt_proj = nn.Linear(rank, inner)
         self.A_log = no_weight_decay(nn.Parameter(torch.empty(inner, state_size)))
         self.D = no_weight_decay(nn.Parameter(torch.empty(inner)))
         self.out_proj = nn.Linear(inner, hidden_size, bias=bias)
@@ -92,9 +91,9 @@ class Mamba(Mixer):
         x, conv = self.conv(x, past.get("conv"), cu_seqlens)
         r, B, C = self.x_proj(x).split(self.sizes, dim=-1)
         # In float32 also under autocast: small steps are what a long memory is made of.
-        dt = F.softplus(F.linear(r, self.dt_proj.weight).float() + self.dt_proj.bias)  # [B,T,D]
+        dt = F.linear(r, self.dt_proj.weight).float().add_(self.dt_proj.bias)  # [B,T,D]
         A = -self.A_log.float().exp()
         y, recurrent = selective_scan(
-            x, dt, A, B, C, self.D, state=past.get("recurrent"), cu_seqlens=cu_seqlens
+            x, F.softplus(dt), A, B, C, self.D, state=past.get("recurrent"), cu_seqlens=cu_seqlens
         )
         return self.out_proj(y * F.silu(z)), {"conv": conv, "recurrent": recurrent}
