@@ -21,7 +21,9 @@ import torch
 from subquad.mixers import MIXERS
 from subquad.recurrence import ROWS, Row
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+README = ROOT / "README.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 FENCED = re.compile(r"^```.*?^```$", re.M | re.S)
 INLINE = re.compile(r"`[^`\n]*`")
@@ -53,7 +55,8 @@ def _leave_no_rows_behind() -> Iterator[None]:
         registry.update(entries)
 
 
-PAGES = [page for page in sorted(DOCS.glob("*.md")) if BLOCK.search(page.read_text("utf-8"))]
+ALL_PAGES = [README, *sorted(DOCS.glob("*.md"))]
+PAGES = [page for page in ALL_PAGES if BLOCK.search(page.read_text("utf-8"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -62,7 +65,9 @@ def test_every_block_of_the_page_runs(page: Path) -> None:
 
 
 def test_links_between_pages_lead_somewhere() -> None:
-    pages = {page.name: FENCED.sub("", page.read_text("utf-8")) for page in DOCS.glob("*.md")}
+    pages = {
+        str(page.relative_to(ROOT)): FENCED.sub("", page.read_text("utf-8")) for page in ALL_PAGES
+    }
     links = [
         (name, target, anchor)
         for name, text in pages.items()
@@ -70,9 +75,10 @@ def test_links_between_pages_lead_somewhere() -> None:
     ]
     assert links
     for name, target, anchor in links:
-        assert not target or (DOCS / target).exists(), f"{name} links to {target}, which is no file"
+        place = ROOT / name if not target else (ROOT / name).parent / target
+        assert place.exists(), f"{name} links to {target}, which is no file"
         if anchor:
-            headings = re.findall(r"^#+ (.*)$", pages[target or name], re.M)
+            headings = re.findall(r"^#+ (.*)$", pages[str(place.relative_to(ROOT))], re.M)
             assert anchor in map(slug, headings), f"{name} links to {target}#{anchor}"
 
 
@@ -121,9 +127,21 @@ def rows_to_come() -> str:
     return (", ".join(idle) + "." if idle else "None: every row runs.") + "\n"
 
 
+def readme_rows() -> str:
+    """The formulas of the rows that run."""
+    lines = ["| Row | Keeps and writes | Reads | State | Paper |", "|---|---|---|---|---|"]
+    for name, row in ROWS.items():
+        if name in MIXERS:
+            # A bar in a formula would end the table's cell.
+            write, read = (formula.replace("|", "\\|") for formula in (row.write, row.read))
+            lines.append(f"| `{name}` | {write} | {read} | {row.state} | {row.paper} |")
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "rows_that_run": rows_that_run,
     "rows_to_come": rows_to_come,
+    "readme_rows": readme_rows,
 }
 
 
@@ -162,7 +180,7 @@ def with_current_tables(text: str) -> str:
 
 
 def pages_with_tables() -> list[Path]:
-    return [page for page in sorted(DOCS.glob("*.md")) if TABLE.search(page.read_text("utf-8"))]
+    return [page for page in ALL_PAGES if TABLE.search(page.read_text("utf-8"))]
 
 
 def test_tables_are_current() -> None:
