@@ -35,6 +35,8 @@ class ArenaProgress:
         elif kind == "measure":
             note = f"{record['row']}: {record['what']}"
             self.progress.update(self.tasks.get(record["row"], self.preparation), note=note)
+            if not self.console.is_terminal:
+                self.console.print(f"measuring {note}")
         elif kind == "train":
             self._step(record)
         elif kind == "message":
