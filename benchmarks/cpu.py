@@ -89,6 +89,7 @@ def copy_mamba_weights(theirs: nn.Module, ours: SubquadForCausalLM) -> SubquadFo
         name = name.replace("embeddings.", "embed_tokens.")
         if "mixer." not in name:
             name = name.replace(".norm.", ".mixer_norm.") if ".layers." in name else name
+        name = name.replace("dt_proj.bias", "dt_bias")
         if "conv1d" in name:
             name = name.replace("conv1d", "conv")
             weight = weight.squeeze(1) if weight.ndim == 3 else weight

@@ -22,8 +22,13 @@ def build(**options):
             if parameter.ndim > 1 and parameter is not layer.A_log:
                 parameter.normal_(std=parameter.shape[1] ** -0.5)
         layer.D.normal_()
-        layer.dt_proj.bias.add_(2.0)
+        layer.dt_bias.add_(2.0)
     return layer
+
+
+def their_name(name):
+    """transformers' name of one of our parameters."""
+    return name.replace("conv.", "conv1d.").replace("dt_bias", "dt_proj.bias")
 
 
 def theirs(layer, monkeypatch, **options):
@@ -33,7 +38,7 @@ def theirs(layer, monkeypatch, **options):
         monkeypatch.setattr(modeling_mamba, name, getattr(function, "__wrapped__", function))
     config = MambaConfig(hidden_size=HIDDEN, num_hidden_layers=1, **options)
     mixer = modeling_mamba.MambaMixer(config, 0)
-    weights = {n.replace("conv.", "conv1d."): t for n, t in layer.state_dict().items()}
+    weights = {their_name(n): t for n, t in layer.state_dict().items()}
     weights["conv1d.weight"] = weights["conv1d.weight"][:, None]
     mixer.load_state_dict(weights)
     return mixer
@@ -64,7 +69,7 @@ def test_equals_transformers(T, ours, their, monkeypatch):
     (want * weight).sum().backward()
     torch.testing.assert_close(x_1.grad, x_2.grad, rtol=1e-4, atol=1e-4)
     for name, parameter in layer.named_parameters():
-        twin = mixer.get_parameter(name.replace("conv.", "conv1d."))
+        twin = mixer.get_parameter(their_name(name))
         gradient = twin.grad.view(parameter.shape)
         scale = 1e-4 * gradient.abs().max().clamp(min=1.0).item()
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=scale)
@@ -138,12 +143,12 @@ def test_published_start():
     layer = Mamba(64)
     assert layer.dt_proj.in_features == 4 and layer.A_log.shape == (128, 16)
     torch.testing.assert_close(layer.A_log.exp(), torch.arange(1.0, 17).expand(128, 16))
-    steps = torch.nn.functional.softplus(layer.dt_proj.bias)
+    steps = torch.nn.functional.softplus(layer.dt_bias)
     assert steps.min() >= 1e-3 * 0.999 and steps.max() <= 0.1 * 1.001
     assert 0.35 < (steps < 0.01).float().mean() < 0.65  # log-uniform: half below the middle
     assert layer.dt_proj.weight.abs().max() <= 0.5 and (layer.D == 1).all()
     marked = {n for n, p in layer.named_parameters() if getattr(p, "_no_weight_decay", False)}
-    assert marked == {"A_log", "D", "dt_proj.bias", "conv.bias"}
+    assert marked == {"A_log", "D", "dt_bias", "conv.bias"}
 
 
 @pytest.mark.parametrize(

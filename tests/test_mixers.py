@@ -30,6 +30,7 @@ OPTIONS: dict[str, list[dict]] = {
         {"head_dim": 16, "state_size": 8, "num_groups": 2},
         {"head_dim": 32, "state_size": 8, "conv_bias": False, "bias": True},
     ],
+    "s4d": [{"state_size": 8}, {"state_size": 4, "init": "legs"}],
     "deltanet": [{"num_heads": 2}, {"num_heads": 2, "allow_negative_eigenvalues": True}],
     "gated_deltanet": [
         {"num_heads": 2, "num_v_heads": 4, "head_dim": 8, "expand_v": 1.5},

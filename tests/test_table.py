@@ -61,7 +61,7 @@ def test_state_sizes_are_the_real_ones(name):
         assert not all(same)
 
 
-@pytest.mark.parametrize("name", ["gla", "mamba", "softmax_attention", "rwkv4"])
+@pytest.mark.parametrize("name", ["gla", "mamba", "s4d", "softmax_attention", "rwkv4"])
 def test_explain_runs_a_layer(name, capsys):
     explain_command(name, 64, 100, 2, "cpu", as_json=True)
     page = json.loads(capsys.readouterr().out)
@@ -69,6 +69,11 @@ def test_explain_runs_a_layer(name, capsys):
     if name == "gla":
         forms = [run["engine"][0]["form"] for run in page["here"]]
         assert forms == ["chunked", "recurrent"]
+    if name == "mamba":
+        assert [run["engine"][0]["impl"] for run in page["here"]] == ["numba", "numba"]
+    if name == "s4d":
+        forms = [run["engine"][0]["form"] for run in page["here"]]
+        assert forms == ["convolution", "recurrent"]
     if name not in MIXERS:
         assert page["here"] == []
     explain_command(name, 64, 100, 2, "cpu", as_json=False)

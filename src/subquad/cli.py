@@ -22,7 +22,7 @@ To begin with (nothing is downloaded: the text is Python's own standard library)
 
 [cyan]subquad arena --rows softmax_attention,gla,mamba2 --minutes 5[/cyan]
 
-[cyan]subquad table[/cyan] lists the rows, [cyan]subquad explain gla[/cyan] tells what one does here.
+[cyan]subquad table[/cyan] lists the rows; [cyan]subquad explain gla[/cyan] tells what one does.
 
 Each command has examples of its own: [cyan]subquad train --help[/cyan].
 """

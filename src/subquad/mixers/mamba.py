@@ -65,11 +65,11 @@ class Mamba(Mixer):
         self.in_proj = nn.Linear(hidden_size, 2 * inner, bias=bias)
         self.conv = ShortConvolution(inner, conv_width, bias=conv_bias)
         self.x_proj = nn.Linear(inner, rank + 2 * state_size, bias=False)
-        self.dt_proj = nn.Linear(rank, inner)
+        self.dt_proj = nn.Linear(rank, inner, bias=False)
+        self.dt_bias = no_weight_decay(nn.Parameter(torch.empty(inner)))
         self.A_log = no_weight_decay(nn.Parameter(torch.empty(inner, state_size)))
         self.D = no_weight_decay(nn.Parameter(torch.empty(inner)))
         self.out_proj = nn.Linear(inner, hidden_size, bias=bias)
-        no_weight_decay(self.dt_proj.bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -78,7 +78,7 @@ class Mamba(Mixer):
             child.reset_parameters()
         bound = self.dt_proj.in_features**-0.5
         nn.init.uniform_(self.dt_proj.weight, -bound, bound)
-        set_step_size_(self.dt_proj.bias, *self.steps)
+        set_step_size_(self.dt_bias, *self.steps)
         rates = torch.arange(1, self.A_log.shape[1] + 1, device=self.A_log.device)
         set_(self.A_log, rates.log().expand_as(self.A_log))
         nn.init.ones_(self.D)
@@ -91,7 +91,7 @@ class Mamba(Mixer):
         x, conv = self.conv(x, past.get("conv"), cu_seqlens)
         r, B, C = self.x_proj(x).split(self.sizes, dim=-1)
         # In float32 also under autocast: small steps are what a long memory is made of.
-        dt = F.linear(r, self.dt_proj.weight).float().add_(self.dt_proj.bias)  # [B,T,D]
+        dt = self.dt_proj(r).float() + self.dt_bias  # [B,T,D]
         A = -self.A_log.float().exp()
         y, recurrent = selective_scan(
             x, F.softplus(dt), A, B, C, self.D, state=past.get("recurrent"), cu_seqlens=cu_seqlens

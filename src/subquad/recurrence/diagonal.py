@@ -14,6 +14,8 @@ from torch import Tensor
 
 from subquad.recurrence import scan
 from subquad.recurrence.eager import can_call_compiled_code
+from subquad.recurrence.explanation import Explanation, tell, watched
+from subquad.recurrence.spec import Recurrence
 from subquad.recurrence.validate import check_cu_seqlens, check_shape, check_tensor, choose, fail
 
 # How each form is computed, best first: "numba" walks over the tokens in compiled CPU code.
@@ -58,6 +60,8 @@ def selective_scan(
     """
     S = _check(x, dt, A, B, C, D, state, cu_seqlens)
     impl = _choose_impl(form, impl, x)
+    if watched():
+        tell(_explain(impl, x, A, S))
     precise = torch.float64 if x.dtype == torch.float64 else torch.float32
     if D is None:
         D = x.new_zeros(x.shape[2])
@@ -74,6 +78,29 @@ def selective_scan(
         save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
         y, last_state, _ = _scan_op(*inputs, cu_seqlens, impl, save)
     return y.to(x.dtype), last_state
+
+
+def _explain(impl: str, x: Tensor, A: Tensor, S: int) -> Explanation:
+    kind = Recurrence("diagonal", "token_element")
+    why = {
+        "numba": "float32 on the CPU: one compiled pass over the tokens",
+        "torch": "a parallel scan within chunks, in PyTorch operations",
+        "reference": "the loop over tokens, as asked for",
+    }
+    D, N = A.shape
+    return Explanation(
+        recurrence=kind.write,
+        read=kind.read,
+        form="scan" if impl == "torch" else "recurrent",
+        impl=impl,
+        chunk=None,
+        device=str(x.device),
+        why=why[impl],
+        forms=kind.forms,
+        state_shape=(S, D, N),
+        state_bytes=S * D * N * (8 if x.dtype == torch.float64 else 4),
+        flops_per_token=D * (7 * N + 2),  # exp(dt A) counted as one, h, C.h, and the skip
+    )
 
 
 def step(

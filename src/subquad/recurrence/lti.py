@@ -9,6 +9,7 @@ matrix product makes all T of them: nothing of size [D,N,T] is ever in memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.recurrence.explanation import Explanation, tell, watched
+from subquad.recurrence.spec import Recurrence
 from subquad.recurrence.validate import check_cu_seqlens, check_shape, check_tensor, choose, fail
 
 FORMS = ("recurrent", "convolution")
@@ -58,8 +61,12 @@ def diagonal_ssm(
     cplx = torch.complex128 if real == torch.float64 else torch.complex64
     log_A, B, C = (t.to(cplx) for t in (log_A_bar, B_bar, C))
     x, h = u.to(real), None if state is None else state.to(cplx)
+    why = "asked for"
     if form == "auto":
         form = "recurrent" if u.shape[1] == 1 else "convolution"
+        why = "one token: one step" if form == "recurrent" else "many tokens: one product of FFTs"
+    if watched():
+        tell(_explain(form, why, u, log_A, cu_seqlens))
     run = _recurrent if form == "recurrent" else _convolution
     # Autocast would take the powers, and the state with them, to half precision.
     with torch.autocast(u.device.type, enabled=False):
@@ -70,6 +77,28 @@ def diagonal_ssm(
         if D is not None:
             y = y + D.to(real) * x
     return y.to(u.dtype), last_state
+
+
+def _explain(
+    form: str, why: str, u: Tensor, log_A: Tensor, cu_seqlens: Tensor | None
+) -> Explanation:
+    kind = Recurrence("invariant", "fixed_element")
+    D, N = log_A.shape
+    rows = u.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    steps = math.log2(2 * u.shape[1])  # of an FFT; three of them, 5 operations each
+    return Explanation(
+        recurrence=kind.write,
+        read=kind.read,
+        form=form,
+        impl="torch",
+        chunk=None,
+        device=str(u.device),
+        why=why,
+        forms=kind.forms,
+        state_shape=(rows, D, N),
+        state_bytes=rows * D * N * log_A.dtype.itemsize,
+        flops_per_token=D * (16 * N if form == "recurrent" else round(2 * 3 * 5 * steps)),
+    )
 
 
 def step(
