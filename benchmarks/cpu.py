@@ -27,6 +27,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import (
+    DynamicCache,
     Mamba2Config,
     Mamba2ForCausalLM,
     MambaConfig,
@@ -41,7 +42,7 @@ from transformers.models.qwen3_next import modeling_qwen3_next
 import subquad
 from subquad import SubquadConfig, SubquadForCausalLM
 
-VOCAB, HIDDEN, LAYERS = 4096, 768, 12
+VOCAB, HIDDEN, LAYERS = 16384, 512, 24
 DECODE_STEPS = 32
 
 
@@ -99,7 +100,7 @@ def copy_mamba_weights(theirs: nn.Module, ours: SubquadForCausalLM) -> SubquadFo
 
 def gated_deltanet() -> tuple[nn.Module, SubquadForCausalLM]:
     use_torch_paths(modeling_qwen3_next)
-    Hk, H, K, V, layers, inner = 6, 12, 64, 64, 10, 1792
+    Hk, H, K, V, layers, inner = 4, 8, 64, 128, 18, 1024
     config = Qwen3NextConfig(
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
@@ -111,7 +112,7 @@ def gated_deltanet() -> tuple[nn.Module, SubquadForCausalLM]:
         linear_num_value_heads=H,
         linear_key_head_dim=K,
         linear_value_head_dim=V,
-        num_attention_heads=12,
+        num_attention_heads=8,
         num_key_value_heads=4,
         tie_word_embeddings=True,
     )
@@ -151,6 +152,9 @@ def gated_deltanet() -> tuple[nn.Module, SubquadForCausalLM]:
             ("linear_attn.", "mixer."),
             ("input_layernorm", "mixer_norm"),
             ("post_attention_layernorm", "mlp_norm"),
+            ("gate_proj", "gate"),
+            ("up_proj", "up"),
+            ("down_proj", "down"),
         ):
             name = name.replace(a, b)
         new[name] = weight
@@ -190,9 +194,20 @@ WORKS = {
 }
 
 
+def fresh_cache(model: nn.Module) -> dict[str, object]:
+    """Nothing, where the model makes its own cache."""
+    if not isinstance(model, Qwen3NextForCausalLM):
+        return {}
+    # Its cache cannot count tokens without a layer of full attention, and gives up.
+    cache = DynamicCache(config=model.config)
+    cache.get_seq_length = lambda *_, **__: 0
+    cache.get_mask_sizes = lambda query_length, *_: (query_length, 0)
+    return {"past_key_values": cache}
+
+
 def prefill(model: nn.Module, ids: Tensor) -> None:
     with torch.inference_mode():
-        model(ids, use_cache=True, logits_to_keep=1)
+        model(ids, use_cache=True, logits_to_keep=1, **fresh_cache(model))
 
 
 def train(model: nn.Module, ids: Tensor) -> None:
@@ -203,7 +218,7 @@ def train(model: nn.Module, ids: Tensor) -> None:
 def make_decode(model: nn.Module, ids: Tensor) -> Callable[[], None]:
     """A closure that decodes `DECODE_STEPS` tokens one by one, going on and on from its cache."""
     with torch.inference_mode():
-        output = model(ids[:, :64], use_cache=True)
+        output = model(ids[:, :64], use_cache=True, **fresh_cache(model))
     key = "cache_params" if "cache_params" in output else "past_key_values"
     cache = output[key]
 
