@@ -1,7 +1,6 @@
 """The command line. Each command parses and hands over; what it hands over to loads only then, so
 that `subquad --help` answers sooner than torch would have been imported."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -337,10 +336,6 @@ def arena(
 
     [cyan]subquad arena --rows gla,retnet,deltanet --parameters 3M --minutes 30 --out runs/b[/cyan]
     """
-    # Waiting threads that spin make models this small many times slower as soon as anything else
-    # runs on the machine. It has to be said before torch is imported.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
     from subquad.arena.command import arena_command
 
     settings = {
