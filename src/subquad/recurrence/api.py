@@ -70,7 +70,9 @@ def linear_recurrence(
 
     Returns:
         o [B,T,H,V] in v's dtype, and the final state, like `state`. Both are differentiable. The
-        computation is in float32 for float16/bfloat16/float32 inputs, whatever autocast says.
+        computation is in float32 for float16/bfloat16/float32 inputs, whatever autocast says; the GPU
+        kernels take the operands of products in bfloat16 where the inputs are. Those kernels have
+        first derivatives only.
 
     Raises:
         ValueError: what is wrong, what was expected and the fix, by the argument's name.
@@ -160,10 +162,19 @@ def _plan(
     choose("form", form, ("auto", *FORMS["matrix"]))
     choose("impl", impl, ("auto", *IMPLS))
     T = q.shape[1]
-    if impl == "triton":
-        raise fail(
-            "impl", "'triton'", "'auto', 'torch' or 'reference'", "no kernel covers this yet"
-        )
+    if impl == "triton" or (impl == "auto" and q.is_cuda and form in ("auto", "chunked")):
+        # Asked only where it may run: the module imports nothing of Triton, but costs a little.
+        from subquad.kernels import matrix
+
+        reason = "no GPU kernel erases yet" if erase is not None else None
+        if form not in ("auto", "chunked"):
+            reason = f"the GPU kernels compute the chunked form, not form={form!r}"
+        reason = reason or matrix.supported(q, k, v, log_decay, bonus, None, state, cu_seqlens)
+        if reason is None:
+            chunk = matrix.choose_tiles(q.shape[-1], v.dtype, matrix.gate_kind(log_decay)).chunk
+            return _Plan("chunked", "triton", chunk, matrix.describe(q, k, v, log_decay))
+        if impl == "triton":
+            raise fail("impl", "'triton'", f"'auto' or 'torch': {reason}", "use impl='auto'")
     if impl == "reference":
         if form not in ("auto", "recurrent"):
             raise fail(
@@ -208,6 +219,11 @@ def _run(
     state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    if plan.impl == "triton":
+        from subquad.kernels import matrix
+
+        o, final = matrix.linear_recurrence(q, k, v, log_decay, bonus, scale, state, cu_seqlens)
+        return o.to(v.dtype), final
     kept = _computing_dtype(v.dtype)
     # Erasing with all pairs at once solves a T x T system that amplifies rounding (by 1000 at
     # T = 1000 where nothing is forgotten, measured); chunks of 64 do not.
