@@ -2,9 +2,10 @@
 
     PYTHONPATH=src python benchmarks/gpu.py --out gpu.json
 
-Medians in milliseconds of forward and of forward + backward, the share of the memory floor (each
-input read once and each output written once, at this machine's measured copy rate), peak memory
-and the first call's seconds. fla runs with its own autotuning, its timings cut to 5 + 15 ms a
+Milliseconds of forward and of forward + backward, medians: of eager calls, and of a captured graph's
+replays, which hold no launch from Python. Beside them the memory floor (each input read once and
+each output written once, at this machine's measured copy rate), peak memory and the first call's
+seconds. fla runs with its own autotuning, its timings cut to 5 + 15 ms a
 configuration. On Triton 3.4 to 3.7.0 fla refuses the backward pass of gated chunks on Hopper, as
 a compiler fault makes its gradients wrong; `--lift-refusal` times it all the same.
 """
@@ -120,15 +121,31 @@ def measure(run: Callable[..., Tensor], tensors: list, gate: Tensor | None) -> d
     before = torch.cuda.memory_allocated()
     both()
     peak = torch.cuda.max_memory_allocated() - before
-    timing = {"warmup": 20, "rep": 100, "return_mode": "median"}
+    timing = {"warmup": 20, "rep": 60, "return_mode": "median"}
     with torch.no_grad():
         forward = do_bench(lambda: run(*tensors, gate), **timing)
+        forward_graph = replayed(lambda: run(*tensors, gate))
     return {
         "forward_ms": forward,
         "both_ms": do_bench(both, **timing),
+        "forward_graph_ms": forward_graph,
+        "both_graph_ms": replayed(both),
         "peak_MiB": peak / 2**20,
         "first_call_s": first,
     }
+
+
+def replayed(call: Callable[[], object]) -> float | None:
+    """Median of a graph's replays, None if the call cannot be captured."""
+    from triton.testing import do_bench
+
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except RuntimeError:
+        return None
+    return do_bench(graph.replay, warmup=20, rep=60, return_mode="median")
 
 
 def floor_ms(tensors: list, gate: Tensor | None, rate: float) -> tuple[float, float]:

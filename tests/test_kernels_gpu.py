@@ -28,7 +28,9 @@ def check(case: Case) -> None:
     else:
         with torch.autocast("cuda", case.dtype):
             theirs = errors(results(chunked_torch, case, "cuda", torch.float32), truth)
-        allowed = {name: 2 * error for name, error in theirs.items()}
+        # A chance hit of theirs aside: no product of 16-bit numbers promises less than one rounding.
+        unit = torch.finfo(case.dtype).eps / 2
+        allowed = {name: max(2 * error, unit) for name, error in theirs.items()}
     print(case)
     print("  " + " ".join(f"{n} {e:.1e}/{allowed[n]:.1e}" for n, e in ours.items()))
     wrong = {n: (e, allowed[n]) for n, e in ours.items() if not e <= allowed[n]}
@@ -103,3 +105,14 @@ def test_opcheck_and_compile(gate):
     o, final = compiled(q, k, v, log_decay, bonus, None, state)
     same, also = matrix.linear_recurrence(q, k, v, log_decay, bonus, None, state)
     assert torch.equal(o, same) and torch.equal(final, also)
+
+
+def test_the_public_function_takes_them():
+    import subquad
+
+    inputs = Case("[B,T,H,K]", T=100, K=64, V=64, dtype=BF16).inputs("cuda")
+    q, k, v, gate, _, state = inputs.values()
+    o, final = subquad.linear_recurrence(q, k, v, log_decay=gate, state=state)
+    same, also = matrix.linear_recurrence(q, k, v, gate, None, None, state)
+    assert torch.equal(o, same) and torch.equal(final, also)
+    assert "scan (decay per key channel)" in str(subquad.explain(q, k, v, log_decay=gate))

@@ -20,7 +20,7 @@ GATE_NAMES = ("no decay", "fixed decay per head", "decay per head", "decay per k
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PIECE = 256  # tokens a program of the gate sums; segments are multiples of it
 SHORTEST_SEGMENT = 1024  # tokens; shorter ones cost more in their extra pass than they give back
-PROGRAMS_PER_PROCESSOR = 2  # what a split of the sequence aims at
+PROGRAMS_PER_PROCESSOR = 2  # as many as fit at once; what a split of the sequence aims at
 
 
 def supported(
@@ -163,9 +163,12 @@ def processors(device: torch.device) -> int:
 
 
 def segment_length(batch: int, tokens: int, programs: int, device: torch.device) -> int:
-    """Split a sequence where `programs` for each would leave processors idle."""
-    wanted = -(-PROGRAMS_PER_PROCESSOR * processors(device) // (programs * batch))
-    if wanted < PROGRAMS_PER_PROCESSOR * 2:  # nearly full already: the extra pass costs more
+    """Split a sequence where `programs` for each would leave processors idle.
+
+    Rounded down: one program more than fit at once would make all of them wait for it.
+    """
+    wanted = PROGRAMS_PER_PROCESSOR * processors(device) // (programs * batch)
+    if wanted < 3:  # nearly full already: the extra pass costs more
         return -(-tokens // PIECE) * PIECE
     length = max(SHORTEST_SEGMENT, -(-tokens // wanted))
     return -(-length // PIECE) * PIECE
@@ -257,7 +260,7 @@ def _sum_gate(gate: _Gate, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chun
     fits = torch.empty(heads, chunks, device=v.device, dtype=torch.int32)
     sum_key_gates[grid](
         gate.values, first, last, fits, *pieces.walk(first), chunks, gate.token, gate.head,
-        H=heads, K=width, BK=_padded(width), C=chunk, PACKED=packed,
+        H=heads, K=width, BK=_padded(width), C=chunk, PACKED=packed, num_warps=1,
     )  # fmt: skip
     return gate._replace(sums=(first, last, fits))
 

@@ -114,12 +114,6 @@ def all_fit(fits, chunks):
 
 
 @triton.jit
-def diagonal(scores):
-    t = tl.arange(0, scores.shape[0])
-    return tl.sum(tl.where(t[:, None] == t[None, :], scores, 0.0), 1)
-
-
-@triton.jit
 def gap(C: tl.constexpr, REVERSE: tl.constexpr):
     """How many tokens the reader of a (row, column) pair stands after the writer."""
     t = tl.arange(0, C)
@@ -198,12 +192,10 @@ def near_chunk(r, w, x, partner, state, gates, first, last, keep, PARTS: tl.cons
     entered = state * along(tl.exp(enter), OUT)
     y = tl.zeros([C, state.shape[1]], tl.float32)
     dots = y
-    own = tl.zeros([C], tl.float32)
     if OUT:
         moved = (x * tl.exp(column)).to(DOT)
         if READ:
             scores = tl.dot(r, tl.trans(w), input_precision=PREC)
-            own = diagonal(scores)
             scores = tl.where(keep, scores, 0.0).to(DOT)
             y = read_state(r, entered, SLOPES, DOT, PREC)
             y = tl.dot(scores, moved, y, input_precision=PREC)
@@ -221,7 +213,7 @@ def near_chunk(r, w, x, partner, state, gates, first, last, keep, PARTS: tl.cons
             y = tl.dot(reads, entered.to(DOT), input_precision=PREC)
             y = tl.dot(scores, x, y, input_precision=PREC)
         state = tl.dot(tl.trans(moved), x, entered, input_precision=PREC)
-    return y, dots, own, state * along(tl.exp(leave), OUT)
+    return y, dots, state * along(tl.exp(leave), OUT)
 
 
 @triton.jit
@@ -249,7 +241,6 @@ def far_chunk(r, w, x, partner, state, gates, total, PARTS: tl.constexpr,
         read, write = before, after
     y = tl.zeros([C, state.shape[1]], tl.float32)
     dots = y
-    own = tl.zeros([C], tl.float32)
     scores = tl.zeros([C, C], tl.float32)
     if READ:
         if OUT:
@@ -258,7 +249,6 @@ def far_chunk(r, w, x, partner, state, gates, total, PARTS: tl.constexpr,
                 dots = (partner * read).to(DOT) * y
             y *= read
             scores = tl.dot(r, tl.trans(w), input_precision=PREC)
-            own = diagonal(scores)
         else:
             y = tl.dot((r * read).to(DOT), state.to(DOT), input_precision=PREC)
         size = 1
@@ -286,9 +276,12 @@ def far_chunk(r, w, x, partner, state, gates, total, PARTS: tl.constexpr,
                               input_precision=PREC)  # fmt: skip
                 scores += tl.where(keep, part, 0.0)
             size *= 2
-        if not OUT:
-            if not BONUS:  # a token reads its own write undecayed
-                undecayed = tl.sum(r.to(tl.float32) * w.to(tl.float32), 1)
+        undecayed = tl.sum(r.to(tl.float32) * w.to(tl.float32), 1)  # a token reads its own write
+        if OUT:
+            if not BONUS:
+                y += undecayed[:, None] * x
+        else:
+            if not BONUS:
                 scores += tl.where(i == s, undecayed[:, None], 0.0)
             y = tl.dot(scores.to(DOT), x, y, input_precision=PREC)
     state = state * along(tl.exp(total), OUT)
@@ -296,7 +289,7 @@ def far_chunk(r, w, x, partner, state, gates, total, PARTS: tl.constexpr,
         state = tl.dot(tl.trans(w), (x * write).to(DOT), state, input_precision=PREC)
     else:
         state = tl.dot(tl.trans((w * write).to(DOT)), x, state, input_precision=PREC)
-    return y, dots, own, state
+    return y, dots, state
 
 
 @triton.jit(do_not_specialize=["tokens", "seg_len", "per_row", "in_all"])
@@ -327,8 +320,8 @@ def scan(
     GATE_GRAD (in dk) takes them up, and the `ends` that dq has left; `partner` is q and k there.
     (Per head, it leaves k.dk in its own `reads` and that product in `totals` to `sum_slopes`.)
     Both sums see every pair of tokens once and all but the pairs across the gate must cancel, to
-    the bit: each dot takes its partner as rounded as the other scan takes it, the state is read
-    whole, and the token's own pair, which no gate is part of, is left out.
+    the bit: each dot takes its partner as rounded as the other scan takes it, and the state is
+    read whole.
     """
     BLOCKS: tl.constexpr = (N + BN - 1) // BN
     pid = tl.program_id(0)
@@ -350,7 +343,6 @@ def scan(
     EVEN_G: tl.constexpr = EVEN_N if OUT else EVEN_M
     g = n if OUT else m
     SLOPES: tl.constexpr = KEEP_READS or GATE_GRAD
-    STRICT: tl.constexpr = BONUS or SLOPES  # the token's own pair is added by itself
     BONUS_GRAD: tl.constexpr = BONUS and OUT and REVERSE
     PRECISE: tl.constexpr = DOT.primitive_bitwidth == 32
 
@@ -383,9 +375,8 @@ def scan(
     bonus_grown = tl.zeros([BN], tl.float32)
     distance = gap(C, REVERSE)
     keep = distance >= 0
-    if STRICT:
+    if BONUS:  # the reader stands before its own gate, and its own write has a weight of its own
         keep = distance > 0
-    if BONUS:  # of gates: the reader stands before its own
         distance -= 1
     if GATE == HEAD_FIXED:
         step_gate = tl.maximum(tl.load(gate).to(tl.float32) * LOG2E, FLOOR2)
@@ -419,12 +410,12 @@ def scan(
             if FAR:
                 near = tl.load(fits + c) != 0
             if near:
-                y_CN, dots, own, state = near_chunk(
+                y_CN, dots, state = near_chunk(
                     r_CM, w_CM, x_CN, partner_CN, state, gates, before, after, keep,
                     PARTS, OUT, REVERSE, BONUS, READ, SLOPES, DOT, PREC, C,
                 )  # fmt: skip
             else:
-                y_CN, dots, own, state = far_chunk(
+                y_CN, dots, state = far_chunk(
                     r_CM, w_CM, x_CN, partner_CN, state, gates, before + after,
                     PARTS, OUT, REVERSE, BONUS, READ, SLOPES, DOT, PREC, C,
                 )  # fmt: skip
@@ -432,8 +423,6 @@ def scan(
             moved = x_CN
             if READ:
                 scores = tl.dot(r_CM, tl.trans(w_CM), input_precision=PREC)
-                if STRICT and OUT:
-                    own = diagonal(scores)
                 y_CN = read_state(r_CM, state, SLOPES, DOT, PREC)
             if GATE != NONE:
                 if GATE == HEAD:
@@ -495,14 +484,12 @@ def scan(
                 else:
                     tl.store(dgate + token * N + tile, slope.to(dgate.dtype.element_ty), mask=real)
 
-            if STRICT:
+            if BONUS:
                 if OUT:
-                    self_CN = own[:, None] * x_CN
+                    own_CN = tl.sum(r_CM.to(tl.float32) * w_CM.to(tl.float32), 1)[:, None] * x_CN
                     if BONUS_GRAD:
-                        bonus_grown += tl.sum(self_CN * partner_CN, 0) * y_scale
-                    if BONUS:
-                        self_CN *= extra[None, :]
-                    y_CN += self_CN
+                        bonus_grown += tl.sum(own_CN * partner_CN, 0) * y_scale
+                    y_CN += own_CN * extra[None, :]
                 else:
                     y_CN += tl.sum(r_CM * (w_CM * extra[None, :]), 1)[:, None] * x_CN
             tl.store(y + token * N + tile, (y_CN * y_scale).to(y.dtype.element_ty), mask=real)
