@@ -2,10 +2,10 @@
 
     PYTHONPATH=src python benchmarks/gpu.py --out gpu.json
 
-Milliseconds of forward and of forward + backward, medians: of eager calls, and of a captured graph's
-replays, which hold no launch from Python. Beside them the memory floor (each input read once and
-each output written once, at this machine's measured copy rate), peak memory and the first call's
-seconds. fla runs with its own autotuning, its timings cut to 5 + 15 ms a
+Milliseconds of forward and of forward + backward, medians: of eager calls, and of a captured
+graph's replays, which hold no launch from Python. Beside them the memory floor (each input read
+once and each output written once, at this machine's measured copy rate), peak memory and the first
+call's seconds. fla runs with its own autotuning, its timings cut to 5 + 15 ms a
 configuration. On Triton 3.4 to 3.7.0 fla refuses the backward pass of gated chunks on Hopper, as
 a compiler fault makes its gradients wrong; `--lift-refusal` times it all the same.
 """

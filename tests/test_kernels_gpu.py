@@ -28,7 +28,7 @@ def check(case: Case) -> None:
     else:
         with torch.autocast("cuda", case.dtype):
             theirs = errors(results(chunked_torch, case, "cuda", torch.float32), truth)
-        # A chance hit of theirs aside: no product of 16-bit numbers promises less than one rounding.
+        # Theirs may hit by chance; no product of 16-bit numbers promises less than one rounding.
         unit = torch.finfo(case.dtype).eps / 2
         allowed = {name: max(2 * error, unit) for name, error in theirs.items()}
     print(case)

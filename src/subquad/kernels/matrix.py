@@ -42,8 +42,6 @@ def supported(
     for name, size in (("K", q.shape[-1]), ("V", v.shape[-1])):
         if size > 256:
             return f"{name} is {size}; the Triton kernels hold at most 256 channels of a head"
-    if scale == 0:
-        return "scale is 0; the backward kernels divide by it"
     return _triton_missing()
 
 
@@ -90,6 +88,9 @@ def linear_recurrence(
     if scale is None:
         scale = q.shape[-1] ** -0.5
     dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    if scale == 0:  # the backward kernels divide by it
+        o, final = linear_recurrence(q, k, v, log_decay, bonus, 1.0, state, cu_seqlens)
+        return o * 0.0, final
     state = None if state is None else state.float()
     return scan_forward(
         q.to(dtype), k.to(dtype), v.to(dtype), log_decay, bonus, state, cu_seqlens, float(scale)
