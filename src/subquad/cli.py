@@ -1,6 +1,7 @@
 """The command line. Each command parses and hands over; what it hands over to loads only then, so
 that `subquad --help` answers sooner than torch would have been imported."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -336,6 +337,10 @@ def arena(
 
     [cyan]subquad arena --rows gla,retnet,deltanet --parameters 3M --minutes 30 --out runs/b[/cyan]
     """
+    # A thread that spins while it waits wins time on an idle machine; on a busy one it makes models
+    # this small up to a hundred times slower, and a comparison false. To be said before torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
     from subquad.arena.command import arena_command
 
     settings = {

@@ -191,7 +191,11 @@ def _details(results: ArenaResults) -> list[tuple[str, str]]:
     environment, rows = results.plan.environment, results.rows
     return [
         ("Machine", f"{environment['processor']}, {environment['platform']}"),
-        ("Device", f"{environment['device']}, {environment['threads']} threads"),
+        (
+            "Device",
+            f"{environment['device']}, {environment['threads']} threads, "
+            f"OMP_WAIT_POLICY {environment['waiting_threads']}",
+        ),
         (
             "Versions",
             ", ".join(

@@ -10,6 +10,7 @@ What lies where:
 """
 
 import json
+import os
 import platform
 from collections.abc import Callable
 from dataclasses import asdict
@@ -215,6 +216,7 @@ def describe_machine(config: ArenaConfig) -> dict[str, Any]:
         "processor": _processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
+        "waiting_threads": os.environ.get("OMP_WAIT_POLICY", "not set"),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
