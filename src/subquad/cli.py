@@ -338,7 +338,7 @@ def arena(
     [cyan]subquad arena --rows gla,retnet,deltanet --parameters 3M --minutes 30 --out runs/b[/cyan]
     """
     # A thread that spins while it waits wins time on an idle machine; on a busy one it makes models
-    # this small up to a hundred times slower, and a comparison false. To be said before torch loads.
+    # this small up to a hundred times slower, and a comparison false. Set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     from subquad.arena.command import arena_command
