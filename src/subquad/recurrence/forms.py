@@ -94,7 +94,7 @@ def chunked(
         outputs.append(o)
     o = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 3)
     final = S if cu_seqlens is None else grid.leave(ends)
-    return grid.join(o), final.flatten(1, 2)
+    return grid.join(o), final.flatten(1, 2).contiguous()
 
 
 class _Inside(NamedTuple):
