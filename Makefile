@@ -3,12 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test lint slow bench clean
+.PHONY: help demo test lint slow docs bench clean
 help:
 	@echo "make demo   set up, train five rows on real text, compare them, write a report (8 minutes)"
 	@echo "make test   set up and run the tests (10 minutes on 2 cores)"
 	@echo "make lint   format, style, types and the import rule"
 	@echo "make slow   the tests that take long"
+	@echo "make docs   build the documentation into site/"
 	@echo "make bench  the CPU benchmarks against transformers' own classes"
 
 .venv/bin/python:
@@ -36,6 +37,10 @@ lint: .venv/test.done
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: .venv/demo.done
+	$(PIP) -e ".[docs]"
+	$(BIN)/mkdocs build
 
 bench: .venv/test.done
 	$(BIN)/python benchmarks/cpu.py
