@@ -14,7 +14,7 @@ import os
 
 import torch
 
-from subquad.kernels import matrix
+from subquad.kernels import layout, matrix
 
 PARTS = {"o": (False, False), "dv": (False, True), "dq": (True, False), "dk": (True, True)}
 
@@ -33,29 +33,29 @@ def prepare(gate: str, shape: tuple[int, ...], chunk: int):
         "KEY": lambda: (-torch.rand(B, T, H, K, device="cuda") / 8).bfloat16(),
     }
     prepared = matrix._prepare_gate(gates[gate](), v)
-    layout = matrix.lay_out(B, T, -(-T // matrix.PIECE) * matrix.PIECE, None, chunk)
+    cut = layout.lay_out(B, T, -(-T // layout.PIECE) * layout.PIECE, None, chunk)
     prepared = matrix._sum_gate(prepared, k, v, None, chunk)
-    return q, k, v, do, prepared, layout
+    return q, k, v, do, prepared, cut
 
 
-def launcher(gate: str, part: str, shape: tuple[int, ...], tiles: matrix.Tiles):
+def launcher(gate: str, part: str, shape: tuple[int, ...], tiles: layout.Tiles):
     B, T, H, _, K, V = shape
-    q, k, v, do, prepared, layout = prepare(gate, shape, tiles.chunk)
+    q, k, v, do, prepared, cut = prepare(gate, shape, tiles.chunk)
     out, reverse = PARTS[part]
     r, w, x = {"o": (q, k, v), "dv": (k, q, do), "dq": (do, v, k), "dk": (v, do, q)}[part]
     y = torch.full((B, T, H, x.shape[-1]), torch.nan, device="cuda", dtype=torch.bfloat16)
     extra = {}
     if out and gate != "NONE":
         extra["partner"] = k if reverse else q
-        channels = K if gate == "KEY" else matrix._blocks(K, tiles)
+        channels = K if gate == "KEY" else layout.blocks(K, tiles)
         extra["reads"] = torch.zeros(B, T, H, channels, device="cuda")
         extra["ends" if reverse else "finish"] = torch.zeros(B, H, K, V, device="cuda")
         if reverse and gate == "KEY":
             extra["dgate"] = torch.zeros(B, T, H, K, device="cuda", dtype=torch.bfloat16)
         elif reverse:
-            extra["totals"] = torch.zeros(layout.segments, H, channels, device="cuda")
+            extra["totals"] = torch.zeros(cut.segments, H, channels, device="cuda")
     return lambda: matrix._scan(
-        r, w, x, y, prepared, layout, tiles, H, out=out, reverse=reverse, scale=0.1, **extra
+        r, w, x, y, prepared, cut, tiles, H, out=out, reverse=reverse, scale=0.1, **extra
     )
 
 
@@ -83,7 +83,7 @@ def main() -> None:
     args = parser.parse_args()
 
     grid = itertools.product(args.chunks, args.columns, args.warps, args.stages)
-    tiles = [matrix.Tiles(*sizes) for sizes in grid]
+    tiles = [layout.Tiles(*sizes) for sizes in grid]
     jobs = list(itertools.product(args.gates, args.parts, tiles))
     context = multiprocessing.get_context("spawn")
     processes = [

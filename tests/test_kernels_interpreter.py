@@ -70,13 +70,13 @@ def main() -> None:
     import triton_interpreter  # noqa: F401, I001 - before anything that imports Triton
     import torch
     from kernel_cases import Case, errors, kernels, oracle, results
-    from subquad.kernels import matrix
+    from subquad.kernels import layout
 
-    whole = matrix.SHORTEST_SEGMENT, matrix.PROGRAMS_PER_PROCESSOR
+    whole = layout.SHORTEST_SEGMENT, layout.PROGRAMS_PER_PROCESSOR
     found = {}
     for name, arguments in cases().items():
         split = arguments.pop("split", False)
-        matrix.SHORTEST_SEGMENT, matrix.PROGRAMS_PER_PROCESSOR = (256, 64) if split else whole
+        layout.SHORTEST_SEGMENT, layout.PROGRAMS_PER_PROCESSOR = (256, 64) if split else whole
         if "dtype" in arguments:
             arguments["dtype"] = getattr(torch, arguments["dtype"])
         case = Case(**arguments)

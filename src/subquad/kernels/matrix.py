@@ -9,18 +9,29 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-NONE, HEAD_FIXED, HEAD, KEY = range(4)
+from .layout import (
+    HEAD,
+    KEY,
+    NONE,
+    PIECE,
+    Layout,
+    Tiles,
+    blocks,
+    choose_tiles,
+    gate_kind,
+    lay_out,
+    padded,
+    segment_length,
+)
+
 GATE_NAMES = ("no decay", "fixed decay per head", "decay per head", "decay per key channel")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-PIECE = 256  # tokens a program of the gate sums; segments are multiples of it
-SHORTEST_SEGMENT = 1024  # tokens; shorter ones cost more in their extra pass than they give back
-PROGRAMS_PER_PROCESSOR = 2  # as many as fit at once; what a split of the sequence aims at
 
 
 def supported(
@@ -61,7 +72,7 @@ def describe(
     batch, tokens, heads, width = v.shape
     gate = gate_kind(log_decay)
     tiles = choose_tiles(q.shape[-1], v.dtype, gate)
-    length = segment_length(batch, tokens, heads * _blocks(width, tiles), v.device)
+    length = segment_length(batch, tokens, heads * blocks(width, tiles), v.device)
     pieces = f"segments of {length} tokens" if length < tokens else "one pass over the sequence"
     return (
         f"scan ({GATE_NAMES[gate]}): chunks of {tiles.chunk} tokens, {tiles.columns} value columns "
@@ -95,112 +106,6 @@ def linear_recurrence(
     return scan_forward(
         q.to(dtype), k.to(dtype), v.to(dtype), log_decay, bonus, state, cu_seqlens, float(scale)
     )
-
-
-def gate_kind(log_decay: Tensor | None) -> int:
-    if log_decay is None:
-        return NONE
-    return {1: HEAD_FIXED, 2: KEY, 3: HEAD, 4: KEY}[log_decay.ndim]
-
-
-# ---- how the work is cut --------------------------------------------------------------------
-
-
-class Tiles(NamedTuple):
-    chunk: int  # tokens a step
-    columns: int  # output channels a program
-    warps: int
-    stages: int
-
-
-def choose_tiles(contracted: int, dtype: torch.dtype, gate: int) -> Tiles:
-    """Tile sizes by shape class, measured with benchmarks/tune.py; figures in docs/kernels.md.
-
-    Never fewer than 64 columns, even where the head has fewer: narrower products on Hopper's
-    tensor cores read beside their operands (triton-lang/triton#11366; seen here on 3.6).
-    """
-    wide = _padded(contracted) > 128
-    if dtype != torch.bfloat16:  # twice the bytes, and several passes per product
-        return Tiles(32, 64, 8 if wide else 4, 1)
-    if gate == KEY:
-        return Tiles(32, 64, 8 if wide else 4, 2)
-    return Tiles(64, 64, 8, 1) if wide else Tiles(64, 64, 4, 2)
-
-
-def _padded(size: int) -> int:
-    return max(16, 1 << (size - 1).bit_length())
-
-
-def _blocks(size: int, tiles: Tiles) -> int:
-    return -(-size // tiles.columns)
-
-
-class Layout(NamedTuple):
-    """Segments of the token axis. `table` [segments, 3]: begin, length, first chunk (packed)."""
-
-    table: Tensor | None
-    offsets: Tensor | None  # [sequences + 1], the first segment of each (packed)
-    tokens: int
-    length: int  # of a segment, at most
-    per_row: int
-    segments: int
-    sequences: int
-
-    @property
-    def split(self) -> bool:
-        return self.segments != self.sequences
-
-    def walk(self, anything: Tensor) -> tuple[Tensor, int, int, int]:
-        """The arguments from which every kernel finds its segment."""
-        table = anything if self.table is None else self.table
-        return table, self.tokens, self.length, self.per_row
-
-
-@lru_cache(maxsize=8)
-def processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def segment_length(batch: int, tokens: int, programs: int, device: torch.device) -> int:
-    """Split a sequence where `programs` for each would leave processors idle.
-
-    Rounded down: one program more than fit at once would make all of them wait for it.
-    """
-    wanted = PROGRAMS_PER_PROCESSOR * processors(device) // (programs * batch)
-    if wanted < 3:  # nearly full already: the extra pass costs more
-        return -(-tokens // PIECE) * PIECE
-    length = max(SHORTEST_SEGMENT, -(-tokens // wanted))
-    return -(-length // PIECE) * PIECE
-
-
-def lay_out(batch: int, tokens: int, length: int, cu_seqlens: Tensor | None, chunk: int) -> Layout:
-    """Cut all sequences into segments of `length` tokens (a multiple of PIECE).
-
-    No value on the device is read: packed sequences get as many segments as they could need,
-    and those left over are empty.
-    """
-    per_row = -(-tokens // length)
-    if cu_seqlens is None:
-        return Layout(None, None, tokens, length, per_row, batch * per_row, batch)
-    sequences = cu_seqlens.numel() - 1
-    segments = sequences if per_row == 1 else per_row + sequences - 1
-    begins, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    offsets = torch.nn.functional.pad((-(-lengths // length)).cumsum(0), (1, 0))
-    chunks = -(-lengths // chunk)
-    index = torch.arange(segments, device=cu_seqlens.device)
-    sequence = torch.searchsorted(offsets[1:], index, right=True).clamp_(max=sequences - 1)
-    into = (index - offsets[sequence]) * length
-    table = torch.stack(
-        [
-            begins[sequence] + into,
-            (lengths[sequence] - into).clamp(0, length),
-            (chunks.cumsum(0) - chunks)[sequence] + into // chunk,
-        ],
-        dim=1,
-    ).contiguous()
-    return Layout(table, offsets, tokens, length, per_row, segments, sequences)
 
 
 # ---- launches -------------------------------------------------------------------------------
@@ -243,11 +148,10 @@ def _sum_gate(gate: _Gate, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chun
 
     batch, tokens, heads, width = *v.shape[:3], k.shape[-1]
     pieces = lay_out(batch, tokens, PIECE, cu_seqlens, chunk)
-    options = {"device": v.device, "dtype": torch.float32}
     grid, packed = (pieces.segments * heads,), cu_seqlens is not None
     if gate.kind == HEAD:
         precise = v.dtype != torch.bfloat16
-        wholes = torch.empty(heads, batch * tokens, **options)
+        wholes = torch.empty(heads, batch * tokens, device=v.device, dtype=torch.float32)
         parts = torch.empty_like(wholes) if precise else wholes
         sum_head_gates[grid](
             gate.values, wholes, parts, *pieces.walk(wholes), batch * tokens, gate.token, gate.head,
@@ -255,13 +159,13 @@ def _sum_gate(gate: _Gate, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chun
         )  # fmt: skip
         return gate._replace(sums=(wholes, parts, wholes))
     chunks = -(-tokens // chunk)
-    chunks = chunks + len(cu_seqlens) - 1 if packed else batch * chunks
-    first = torch.empty(chunks, heads, width, **options)
+    chunks = batch * chunks if cu_seqlens is None else chunks + len(cu_seqlens) - 1
+    first = torch.empty(chunks, heads, width, device=v.device, dtype=torch.float32)
     last = torch.empty_like(first)
     fits = torch.empty(heads, chunks, device=v.device, dtype=torch.int32)
     sum_key_gates[grid](
         gate.values, first, last, fits, *pieces.walk(first), chunks, gate.token, gate.head,
-        H=heads, K=width, BK=_padded(width), C=chunk, PACKED=packed, num_warps=1,
+        H=heads, K=width, BK=padded(width), C=chunk, PACKED=packed, num_warps=1,
     )  # fmt: skip
     return gate._replace(sums=(first, last, fits))
 
@@ -286,7 +190,7 @@ def _scan(
     # How far a head's row of the gate sums reaches: over all tokens, or all chunks.
     in_all = fits.shape[-1] if gate.kind == KEY else x.shape[0] * x.shape[1]
     for far in (False, True) if gate.kind == KEY else (False,):
-        scan[(layout.segments * heads * _blocks(x.shape[-1], tiles),)](
+        scan[(layout.segments * heads * blocks(x.shape[-1], tiles),)](
             r, w, x, y if read else absent, partner, gate.values, first, last, fits,
             *(absent if t is None else t
               for t in (bonus, start, finish, totals, ends, reads, dgate, dbonus)),
@@ -294,7 +198,7 @@ def _scan(
             r.stride(1), r.stride(2), w.stride(1), w.stride(2), x.stride(1), x.stride(2),
             partner.stride(1), partner.stride(2), gate.token, gate.head,
             H=heads, R_SHARE=heads // r.shape[2], W_SHARE=heads // w.shape[2],
-            X_SHARE=heads // x.shape[2], M=w.shape[-1], N=x.shape[-1], BM=_padded(w.shape[-1]),
+            X_SHARE=heads // x.shape[2], M=w.shape[-1], N=x.shape[-1], BM=padded(w.shape[-1]),
             BN=tiles.columns, C=tiles.chunk, GATE=gate.kind, FIXED=gate.fixed, OUT=out,
             REVERSE=reverse, BONUS=bonus is not None, READ=read, START=start is not None,
             FINISH=finish is not None, KEEP_READS=reads is not None and not reverse,
@@ -324,7 +228,7 @@ def _enter_segments(
     final = x.new_empty(layout.sequences, heads, width, columns, dtype=torch.float32)
     _scan(None, w, x, None, gate, layout, tiles, heads, reverse=reverse, scale=scale,
           finish=states, totals=totals, bonus=bonus)  # fmt: skip
-    block = min(1024, _padded(width * columns))
+    block = min(1024, padded(width * columns))
     join[(layout.sequences * heads * -(-width * columns // block),)](
         states, final if start is None else start, final, totals,
         totals if layout.offsets is None else layout.offsets, layout.per_row,
@@ -349,7 +253,7 @@ def _plan(k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | N
     gate = _prepare_gate(log_decay, v)
     value_tiles = choose_tiles(width, v.dtype, gate.kind)
     key_tiles = choose_tiles(columns, v.dtype, gate.kind)
-    length = segment_length(batch, tokens, heads * _blocks(columns, value_tiles), v.device)
+    length = segment_length(batch, tokens, heads * blocks(columns, value_tiles), v.device)
     layout = lay_out(batch, tokens, length, cu_seqlens, value_tiles.chunk)
     gate = _sum_gate(gate, k, v, cu_seqlens, value_tiles.chunk)
     return _Plan(gate, layout, value_tiles, key_tiles)
@@ -405,23 +309,22 @@ def scan_backward(
     bonus = None if bonus is None else bonus.contiguous()
 
     dv = torch.empty(v.shape, device=v.device, dtype=v.dtype)
-    common = {"heads": heads, "scale": scale, "bonus": bonus}
+    run = partial(_scan, gate=gate, layout=layout, heads=heads, scale=scale, bonus=bonus)
     if layout.split:
         walk = (gate, layout, value_tiles, heads)
         state, _ = _enter_segments(k, v, *walk, state, False, 1.0, bonus)
         dfinal, dstate = _enter_segments(q, do, *walk, dfinal, True, scale, bonus)
-        _scan(k, q, do, dv, gate, layout, value_tiles, reverse=True, start=dfinal, **common)
+        run(k, q, do, dv, tiles=value_tiles, reverse=True, start=dfinal)
     else:
         dstate = _empty_states(k, v, layout.sequences)
-        _scan(k, q, do, dv, gate, layout, value_tiles, reverse=True, start=dfinal, finish=dstate,
-              **common)  # fmt: skip
+        run(k, q, do, dv, tiles=value_tiles, reverse=True, start=dfinal, finish=dstate)
 
     dq = v.new_empty(*v.shape[:3], width)
     dk = torch.empty_like(dq)
     reads = writes = ends = tails = dgate = dbonus = None
-    if with_gate:
-        blocks = _blocks(width, key_tiles)
-        channels = width if gate.kind == KEY else blocks
+    if with_gate and log_decay is not None:
+        parts = blocks(width, key_tiles)
+        channels = width if gate.kind == KEY else parts
         writes = reads = v.new_empty(*v.shape[:3], channels, dtype=torch.float32)
         ends = _empty_states(k, v, layout.segments)
         if gate.fixed:  # summed over the tokens of a segment
@@ -431,18 +334,17 @@ def scan_backward(
             dgate = v.new_empty(log_decay.shape, dtype=log_decay.dtype)
         if gate.kind != KEY:
             writes = torch.empty_like(reads)
-            tails = v.new_empty(layout.segments, heads, blocks, dtype=torch.float32)
+            tails = v.new_empty(layout.segments, heads, parts, dtype=torch.float32)
     if bonus is not None:
         dbonus = v.new_empty(layout.segments, heads, width, dtype=torch.float32)
-    _scan(do, v, k, dq, gate, layout, key_tiles, out=True, start=state, finish=ends, partner=q,
-          reads=reads, **common)  # fmt: skip
-    _scan(v, do, q, dk, gate, layout, key_tiles, out=True, reverse=True, start=dfinal, ends=ends,
-          partner=k, reads=writes, totals=tails, dgate=dgate, dbonus=dbonus, **common)  # fmt: skip
+    run(do, v, k, dq, tiles=key_tiles, out=True, start=state, finish=ends, partner=q, reads=reads)
+    run(v, do, q, dk, tiles=key_tiles, out=True, reverse=True, start=dfinal, ends=ends, partner=k,
+        reads=writes, totals=tails, dgate=dgate, dbonus=dbonus)  # fmt: skip
     if tails is not None:
         from .scan import sum_slopes
 
         sum_slopes[(layout.segments * heads,)](
-            reads, writes, tails, dgate, *layout.walk(v), H=heads, BLOCKS=blocks, C=1024,
+            reads, writes, tails, dgate, *layout.walk(v), H=heads, BLOCKS=parts, C=1024,
             FIXED=gate.fixed, BONUS=bonus is not None, PACKED=layout.table is not None,
         )  # fmt: skip
     return (

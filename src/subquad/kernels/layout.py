@@ -1,0 +1,117 @@
+"""How the scan's work is cut: tiles by shape class, sequences into segments."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NONE, HEAD_FIXED, HEAD, KEY = range(4)  # kinds of gate, as scan.py numbers them
+PIECE = 256  # tokens a program of the gate sums; segments are multiples of it
+SHORTEST_SEGMENT = 1024  # tokens; shorter ones cost more in their extra pass than they give back
+PROGRAMS_PER_PROCESSOR = 2  # as many as fit at once; what a split of the sequence aims at
+
+
+def gate_kind(log_decay: Tensor | None) -> int:
+    if log_decay is None:
+        return NONE
+    return {1: HEAD_FIXED, 2: KEY, 3: HEAD, 4: KEY}[log_decay.ndim]
+
+
+class Tiles(NamedTuple):
+    chunk: int  # tokens a step
+    columns: int  # output channels a program
+    warps: int
+    stages: int
+
+
+def choose_tiles(contracted: int, dtype: torch.dtype, gate: int) -> Tiles:
+    """Tile sizes by shape class, measured with benchmarks/tune.py; figures in docs/kernels.md.
+
+    Never fewer than 64 columns, even where the head has fewer: narrower products on Hopper's
+    tensor cores read beside their operands (triton-lang/triton#11366; seen here on 3.6).
+    """
+    wide = padded(contracted) > 128
+    if dtype != torch.bfloat16:  # twice the bytes, and several passes per product
+        return Tiles(32, 64, 8 if wide else 4, 1)
+    if gate == KEY:
+        return Tiles(32, 64, 8 if wide else 4, 2)
+    return Tiles(64, 64, 8, 1) if wide else Tiles(64, 64, 4, 2)
+
+
+def padded(size: int) -> int:
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def blocks(size: int, tiles: Tiles) -> int:
+    return -(-size // tiles.columns)
+
+
+class Layout(NamedTuple):
+    """Segments of the token axis. `table` [segments, 3]: begin, length, first chunk (packed)."""
+
+    table: Tensor | None
+    offsets: Tensor | None  # [sequences + 1], the first segment of each (packed)
+    tokens: int
+    length: int  # of a segment, at most
+    per_row: int
+    segments: int
+    sequences: int
+
+    @property
+    def split(self) -> bool:
+        return self.segments != self.sequences
+
+    def walk(self, anything: Tensor) -> tuple[Tensor, int, int, int]:
+        """The arguments from which every kernel finds its segment."""
+        table = anything if self.table is None else self.table
+        return table, self.tokens, self.length, self.per_row
+
+
+@lru_cache(maxsize=8)
+def processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def segment_length(batch: int, tokens: int, programs: int, device: torch.device) -> int:
+    """Split a sequence where `programs` for each would leave processors idle.
+
+    Rounded down: one program more than fit at once would make all of them wait for it.
+    """
+    wanted = PROGRAMS_PER_PROCESSOR * processors(device) // (programs * batch)
+    if wanted < 3:  # nearly full already: the extra pass costs more
+        return -(-tokens // PIECE) * PIECE
+    length = max(SHORTEST_SEGMENT, -(-tokens // wanted))
+    return -(-length // PIECE) * PIECE
+
+
+def lay_out(batch: int, tokens: int, length: int, cu_seqlens: Tensor | None, chunk: int) -> Layout:
+    """Cut all sequences into segments of `length` tokens (a multiple of PIECE).
+
+    No value on the device is read: packed sequences get as many segments as they could need,
+    and those left over are empty.
+    """
+    per_row = -(-tokens // length)
+    if cu_seqlens is None:
+        return Layout(None, None, tokens, length, per_row, batch * per_row, batch)
+    sequences = cu_seqlens.numel() - 1
+    segments = sequences if per_row == 1 else per_row + sequences - 1
+    begins, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    offsets = torch.nn.functional.pad((-(-lengths // length)).cumsum(0), (1, 0))
+    chunks = -(-lengths // chunk)
+    index = torch.arange(segments, device=cu_seqlens.device)
+    sequence = torch.searchsorted(offsets[1:], index, right=True).clamp_(max=sequences - 1)
+    into = (index - offsets[sequence]) * length
+    table = torch.stack(
+        [
+            begins[sequence] + into,
+            (lengths[sequence] - into).clamp(0, length),
+            (chunks.cumsum(0) - chunks)[sequence] + into // chunk,
+        ],
+        dim=1,
+    ).contiguous()
+    return Layout(table, offsets, tokens, length, per_row, segments, sequences)
