@@ -70,7 +70,7 @@ def main() -> None:
     import triton_interpreter  # noqa: F401, I001 - before anything that imports Triton
     import torch
     from kernel_cases import Case, errors, kernels, oracle, results
-    from subquad.kernels import layout
+    from subquad.kernels import layout, matrix
 
     whole = layout.SHORTEST_SEGMENT, layout.PROGRAMS_PER_PROCESSOR
     found = {}
@@ -82,6 +82,10 @@ def main() -> None:
         case = Case(**arguments)
         truth = results(oracle, case, "cpu", torch.float64)
         found[name] = errors(results(kernels, case, "cpu"), truth)
+    for gate in ("none", "[B,T,H,K]"):  # raises where the fake or the gradient is not as promised
+        inputs = Case(gate, T=20).inputs("cpu").values()
+        leaves = [None if x is None else x.requires_grad_() for x in inputs]
+        torch.library.opcheck(matrix.scan_forward, (*leaves, None, 0.3))
     print(json.dumps(found))
 
 
