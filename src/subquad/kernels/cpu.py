@@ -18,6 +18,8 @@ from typing import Any, cast
 import numba
 import numpy as np
 import torch
+from numba import types
+from numba.extending import intrinsic
 from torch import Tensor
 
 # Fused multiply-add and freely ordered sums are welcome; NaN and Inf keep their meaning.
@@ -30,7 +32,7 @@ SMALLEST_EXPONENT = np.float32(-87.0)  # just above the smallest normal number's
 LARGEST_EXPONENT = np.float32(88.0)
 
 SLICE = 16  # channels: one cache line of float32, so that threads never share a line
-SMALL = 1 << 17  # below so many numbers, handing them to other threads costs more than it saves
+SMALL = 1 << 18  # below so many numbers, handing them to other threads costs more than it saves
 
 
 def jit(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,6 +70,29 @@ def sigmoid(x):  # type: ignore[no-untyped-def]
     return np.float32(1.0) / (np.float32(1.0) + exp(-x))
 
 
+@intrinsic
+def _pointer(_, address):  # type: ignore[no-untyped-def]
+    def cast_to_pointer(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.float32)(types.int64), cast_to_pointer
+
+
+@jit
+def at(address, shape):  # type: ignore[no-untyped-def]
+    """The float32 array of that shape at an address; the caller keeps its tensor alive."""
+    return numba.carray(_pointer(address), shape)  # type: ignore[call-arg]
+
+
+def address(x: Tensor | None) -> int:
+    """Where a contiguous tensor lies, 0 for none, as an argument for a kernel that decodes.
+
+    The weights of a layer push all else out of the caches, so around a decoded token an argument
+    costs what code and objects it takes to make: an address is several times cheaper than an array.
+    """
+    return 0 if x is None else x.data_ptr()
+
+
 def array(x: Tensor) -> np.ndarray:
     """A tensor's memory as an array, copied only if it is not contiguous."""
     return (x.detach() if x.requires_grad else x).contiguous().numpy()
@@ -79,16 +104,23 @@ def rows(x: Tensor) -> tuple[np.ndarray, int]:
     A row is then `flat[t * stride : t * stride + D]`, which is contiguous to the compiler also
     when `x` is one half of a wider projection, so that such halves are never copied.
     """
-    x = x.detach()
+    x, stride = evenly_spaced(x.detach())
     D = x.shape[-1]
-    if x.stride(-1) != 1 or x.numel() == 0:
-        x = x.contiguous()
+    M = x.numel() // D
+    return x.as_strided(((M - 1) * stride + D,), (1,)).numpy(), stride
+
+
+def evenly_spaced(x: Tensor) -> tuple[Tensor, int]:
+    """x [..., D], copied only if it must be for its rows to lie at one distance; that distance."""
+    if x.is_contiguous():
+        return x, x.shape[-1]
+    D = x.shape[-1]
+    if x.stride(-1) != 1:
+        return x.contiguous(), D
     try:
-        x = x.view(-1, D)
+        return x, x.view(-1, D).stride(0)
     except RuntimeError:  # its leading axes do not join into one
-        x = x.reshape(-1, D).contiguous()
-    stride = x.stride(0) if x.shape[0] > 1 else D
-    return x.as_strided(((x.shape[0] - 1) * stride + D,), (1,)).numpy(), stride
+        return x.contiguous(), D
 
 
 def sequence_bounds(batch: int, T: int, cu_seqlens: Tensor | None) -> np.ndarray:

@@ -4,7 +4,7 @@ In PyTorch each of decay, erase, write and read walks over the state by itself a
 anew; decoding is bound by exactly that. Here every row of the state is read once (twice with an
 erase, the second time from cache), written once, and read out while it is in registers.
 
-R rows (batch x heads)   K key size   V value size
+R rows (batch x heads)   H heads   G heads that share a key   K key size   V value size
 """
 
 # mypy: ignore-errors
@@ -14,101 +14,111 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from subquad.kernels.cpu import SLICE, array, jit, over_channels
+from subquad.kernels.cpu import SLICE, address, at, exp, jit, over_channels
 
 SILENT = np.float32(1e-30)  # a state this small is zero: denormal numbers are slow
 
 
 @jit
-def _step(q, k, v, decay, beta, a, b, bonus, state, o, new, start, stop):
-    """For rows start/SLICE to stop/SLICE. Empty arrays stand for what is absent.
+def _step(
+    q, k, v, log_decay, beta, a, b, bonus, state, o, new,  # addresses, 0 for what is absent
+    R, H, G, K, V, scale, rates, width, start, stop,
+):  # fmt: skip
+    """For rows start/SLICE to stop/SLICE of R = B * H.
 
-    q, k [R/G,K]; v, o [R,V]; decay [R,1], [R,K] or empty; beta [R]; a, b [R,K]; bonus [H,K];
-    state, new [R,K,V].
+    q, k [R/G,K]; v, o [R,V]; log_decay [rates,width], rates R or H, width 1 or K; beta [R]; a, b
+    [R,K]; bonus [H,K]; state, new [R,K,V].
     """
-    R, K, V = state.shape
-    shared = R // k.shape[0]
+    queries, keys, values, out = (
+        at(q, (R // G, K)),
+        at(k, (R // G, K)),
+        at(v, (R, V)),
+        at(o, (R, V)),
+    )
+    old_state, new_state = at(state, (R, K, V)), at(new, (R, K, V))
+    log_decays, betas, u = at(log_decay, (rates, width)), at(beta, (R,)), at(bonus, (H, K))
+    readers, writers = at(a, (R, K)), at(b, (R, K))
     seen = np.empty(V, np.float32)  # what the token reads before it writes: S^T k or S^T a
     write = np.empty(V, np.float32)
-    keep = np.float32(1.0)
+    decay = np.ones(K, np.float32)
     for r in range(start // SLICE, stop // SLICE):
-        q_r, k_r, v_r, o_r = q[r // shared], k[r // shared], v[r], o[r]
+        q_r, k_r, v_r, o_r = queries[r // G], keys[r // G], values[r], out[r]
+        if log_decay != 0:
+            for i in range(K):
+                decay[i] = exp(log_decays[r % rates, i if width > 1 else 0])
         for j in range(V):
             o_r[j] = np.float32(0.0)
             seen[j] = np.float32(0.0)
             write[j] = v_r[j]
-        if beta.size > 0 or a.size > 0:
+        if beta != 0 or a != 0:
             for i in range(K):
-                if a.size > 0:
-                    x = a[r, i]
-                else:
-                    x = k_r[i]
-                    if decay.size > 0:
-                        x *= decay[r, i if decay.shape[1] > 1 else 0]
-                row = state[r, i]
+                x = readers[r, i] if a != 0 else k_r[i] * decay[i]
+                row = old_state[r, i]
                 for j in range(V):
                     seen[j] += x * row[j]
-            if beta.size > 0:
+            if beta != 0:
                 for j in range(V):
-                    write[j] = beta[r] * (v_r[j] - seen[j])
+                    write[j] = betas[r] * (v_r[j] - seen[j])
         for i in range(K):
-            if decay.size > 0:
-                keep = decay[r, i if decay.shape[1] > 1 else 0]
-            row, out, x, y = state[r, i], new[r, i], k_r[i], q_r[i]
-            if a.size > 0:
-                back = b[r, i]
+            row, new_row = old_state[r, i], new_state[r, i]
+            keep, x, y = decay[i], k_r[i], np.float32(scale * q_r[i])
+            if a != 0:
+                back = writers[r, i]
                 for j in range(V):
                     n = keep * row[j] + x * write[j] + back * seen[j]
-                    out[j] = n if abs(n) > SILENT else np.float32(0.0)
+                    new_row[j] = n if abs(n) > SILENT else np.float32(0.0)
             else:
                 for j in range(V):
                     n = keep * row[j] + x * write[j]
-                    out[j] = n if abs(n) > SILENT else np.float32(0.0)
-            if bonus.size > 0:  # read before the write, the token itself through u
-                u = bonus[r % bonus.shape[0], i] * x
+                    new_row[j] = n if abs(n) > SILENT else np.float32(0.0)
+            if bonus != 0:  # read before the write, the token itself through u
+                through = u[r % H, i] * x
                 for j in range(V):
-                    o_r[j] += y * (row[j] + u * write[j])
+                    o_r[j] += y * (row[j] + through * write[j])
             else:
                 for j in range(V):
-                    o_r[j] += y * out[j]
-
-
-_ABSENT = np.empty(0, np.float32)
-_ABSENT_2D = np.empty((0, 0), np.float32)
+                    o_r[j] += y * new_row[j]
 
 
 def step(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    decay: Tensor | None,
+    log_decay: Tensor | None,
     beta: Tensor | None,
     a: Tensor | None,
     b: Tensor | None,
     bonus: Tensor | None,
+    scale: float,
     state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """As `reference.step`, for plain float32 CPU tensors and no gradients.
+    """As `linear_recurrence` with T = 1, for plain float32 CPU tensors and no gradients.
 
-    q (scaled), k [B,Hk,K]; v [B,H,V]; decay [B,H,1|K] (not its logarithm); beta [B,H]; a, b
-    [B,H,K]; bonus [H,K]; state [B,H,K,V]. Returns o [B,H,V] and the new state.
+    q, k [B,1,Hk,K]; v [B,1,H,V]; log_decay [H], [H,K], [B,1,H] or [B,1,H,K]; beta [B,1,H]; a, b
+    [B,1,H,K]; bonus [H,K]; state [B,H,K,V]. Returns o [B,1,H,V] and the new state.
     """
     B, H, K, V = state.shape
-    o, new = torch.empty((B, H, V)), torch.empty((B, H, K, V))
-
-    def flat(x: Tensor | None) -> np.ndarray:
-        return _ABSENT_2D if x is None else array(x.flatten(0, 1))
-
+    o, new = torch.empty(v.shape), torch.empty(state.shape)
+    inputs = [
+        None if x is None else x.contiguous()
+        for x in (q, k, v, log_decay, beta, a, b, bonus, state)
+    ]
+    width = 1 if log_decay is None or log_decay.ndim % 2 else K
+    rates = 0 if log_decay is None else log_decay.numel() // width
     over_channels(
         _step,
         B * H * SLICE,  # split by heads: what the splitter takes for a line of channels
         state.numel(),
-        *(flat(x) for x in (q, k, v, decay)),
-        _ABSENT if beta is None else array(beta.flatten()),
-        *(flat(x) for x in (a, b)),
-        _ABSENT_2D if bonus is None else array(bonus),
-        array(state.flatten(0, 1)),
-        o.flatten(0, 1).numpy(),
-        new.flatten(0, 1).numpy(),
+        *(address(x) for x in inputs),
+        address(o),
+        address(new),
+        B * H,
+        H,
+        H // k.shape[2],
+        K,
+        V,
+        float(scale),
+        rates,
+        width,
     )
     return o, new

@@ -14,7 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from subquad.kernels.cpu import array, exp, jit, over_channels, rows, sequence_bounds
+from subquad.kernels.cpu import (
+    address,
+    array,
+    at,
+    exp,
+    jit,
+    over_channels,
+    rows,
+    sequence_bounds,
+)
 
 BLOCK = 256  # channels a step: fewer, and the compiled loops are too short; measured with N = 16
 CHUNK = 32  # tokens between checkpoints
@@ -145,18 +154,29 @@ def _backward(
 
 
 @jit
-def _step(x, dt, A, B, C, D, state, y, new_state, start, stop):
-    """One token of each row: x, dt, y [S,D], A [D,N], B, C [S,N], states [S,D,N]."""
-    for s in range(x.shape[0]):
+def _step(
+    x, dt, A, B, C, D, state, y, new_state,  # addresses
+    S, channels, N, start, stop,
+):  # fmt: skip
+    """One token of each row: x, dt, y [S,D], A [D,N], B, C [S,N], D [D], states [S,D,N]."""
+    inputs, steps, outputs = at(x, (S, channels)), at(dt, (S, channels)), at(y, (S, channels))
+    rates, skip, writers, readers = (
+        at(A, (channels, N)),
+        at(D, (channels,)),
+        at(B, (S, N)),
+        at(C, (S, N)),
+    )
+    old, new = at(state, (S, channels, N)), at(new_state, (S, channels, N))
+    for s in range(S):
         for d in range(start, stop):
-            total = D[d] * x[s, d]
-            write = dt[s, d] * x[s, d]
-            for n in range(A.shape[1]):
-                h = exp(dt[s, d] * A[d, n]) * state[s, d, n] + write * B[s, n]
+            total = skip[d] * inputs[s, d]
+            write = steps[s, d] * inputs[s, d]
+            for n in range(N):
+                h = exp(steps[s, d] * rates[d, n]) * old[s, d, n] + write * writers[s, n]
                 h = np.float32(0.0) if abs(h) < SILENT else h
-                new_state[s, d, n] = h
-                total += C[s, n] * h
-            y[s, d] = total
+                new[s, d, n] = h
+                total += readers[s, n] * h
+            outputs[s, d] = total
 
 
 def checkpoint_shape(x: Tensor, A: Tensor, sequences: int) -> tuple[int, ...]:
@@ -222,8 +242,12 @@ def backward(
 def step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token of each row, for decoding: y [S,D] and the next state [S,D,N]; no gradients."""
+    """One token of each row, for decoding: y like x and the next state; no gradients.
+
+    x, dt [S,1,D]; A [D,N]; B, C [S,1,N]; D [D]; state [S,D,N].
+    """
     y, new_state = torch.empty(x.shape), torch.empty(state.shape)
-    inputs = (array(t) for t in (x, dt, A, B, C, D, state))
-    over_channels(_step, x.shape[1], state.numel(), *inputs, y.numpy(), new_state.numpy())
+    tensors = [t.contiguous() for t in (x, dt, A, B, C, D, state)]
+    tensors += (y, new_state)
+    over_channels(_step, A.shape[0], state.numel(), *map(address, tensors), *state.shape)
     return y, new_state

@@ -13,7 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from subquad.kernels.cpu import array, jit, over_channels, rows, sequence_bounds, sigmoid
+from subquad.kernels.cpu import (
+    address,
+    array,
+    at,
+    jit,
+    over_channels,
+    rows,
+    sequence_bounds,
+    sigmoid,
+)
 
 BLOCK = 256  # channels a step: the W + 2 rows in play stay in the first-level cache
 FLUSH = 128  # tokens summed into float32 partial sums before these join the total
@@ -116,23 +125,27 @@ def _backward(
 
 
 @jit
-def _step(x, weight, bias, state, silu, y, new_state, start, stop):
-    """One token of each row: x, y [S,D], weight [D,W], bias [D], states [S,W-1,D]."""
-    past = weight.shape[1] - 1
-    for s in range(x.shape[0]):
-        out = y[s, start:stop]
+def _step(x, weight, bias, state, y, new_state, S, D, W, silu, start, stop):  # addresses, sizes
+    """One token of each row: x, y [S,D], weight [D,W], bias [D] or 0, states [S,W-1,D]."""
+    inputs, outputs, taps, offset = at(x, (S, D)), at(y, (S, D)), at(weight, (D, W)), at(bias, (D,))
+    past, old, new = W - 1, at(state, (S, W - 1, D)), at(new_state, (S, W - 1, D))
+    for s in range(S):
+        out = outputs[s, start:stop]
         for j in range(out.size):
-            out[j] = bias[start + j] + weight[start + j, past] * x[s, start + j]
+            out[j] = taps[start + j, past] * inputs[s, start + j]
+        if bias != 0:
+            for j in range(out.size):
+                out[j] += offset[start + j]
         for w in range(past):
             for j in range(out.size):
-                out[j] += weight[start + j, w] * state[s, w, start + j]
+                out[j] += taps[start + j, w] * old[s, w, start + j]
         if silu:
             for j in range(out.size):
                 out[j] *= sigmoid(out[j])
         for w in range(past - 1):
-            new_state[s, w, start:stop] = state[s, w + 1, start:stop]
+            new[s, w, start:stop] = old[s, w + 1, start:stop]
         if past > 0:
-            new_state[s, past - 1, start:stop] = x[s, start:stop]
+            new[s, past - 1, start:stop] = inputs[s, start:stop]
 
 
 def _offset(bias: Tensor | None, D: int) -> np.ndarray:
@@ -184,9 +197,15 @@ def backward(
 def step(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor]:
-    """One token of each row, for decoding: y [S,D] and the next state [S,W-1,D]; no gradients."""
+    """One token of each row, for decoding: y like x and the next state; no gradients.
+
+    x [S,1,D] or packed [1,S,D]; weight [D,W]; bias [D]; state [S,W-1,D].
+    """
     y, new_state = torch.empty(x.shape), torch.empty(state.shape)
-    inputs = array(x), array(weight), _offset(bias, x.shape[1]), array(state)
-    outputs = y.numpy(), new_state.numpy()
-    over_channels(_step, x.shape[1], x.numel(), *inputs, silu, *outputs)
+    D, W = weight.shape
+    x, weight, state = x.contiguous(), weight.contiguous(), state.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    tensors = (x, weight, bias, state, y, new_state)
+    sizes = (state.shape[0], D, W)
+    over_channels(_step, D, x.numel(), *map(address, tensors), *sizes, silu)
     return y, new_state

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 
 from subquad.mixers.base import Mixer, State, divide
 from subquad.mixers.convolution import ShortConvolution
-from subquad.mixers.norms import RMSNorm, at_least_float32, l2_normalise
+from subquad.mixers.norms import RMSNorm, at_least_float32
 from subquad.recurrence import Delta, linear_recurrence
+from subquad.recurrence.norm import l2_norm
 
 
 class DeltaNet(Mixer):
@@ -61,12 +62,13 @@ class DeltaNet(Mixer):
         qkv, beta = self.in_proj(x).split((3 * self.hidden_size, H), dim=-1)
         qkv, conv = self.conv(qkv, past.get("conv"), cu_seqlens)
         beta = at_least_float32(beta).sigmoid() * self.beta_scale  # [B,T,H]
-        qk, v = qkv.unflatten(-1, (3 * H, self.head_dim)).split((2 * H, H), dim=2)
-        q, k = l2_normalise(qk).chunk(2, dim=2)  # [B,T,H,K]
+        qk, v = qkv.split((2 * self.hidden_size, self.hidden_size), dim=-1)
+        qk = l2_norm(qk, self.head_dim).unflatten(-1, (2 * H, self.head_dim))
+        q, k = qk.chunk(2, dim=2)  # [B,T,H,K]
         o, recurrent = linear_recurrence(
             q,
             k,
-            v,
+            v.unflatten(-1, (H, self.head_dim)),  # [B,T,H,V]
             erase=Delta(beta),
             state=past.get("recurrent"),
             cu_seqlens=cu_seqlens,

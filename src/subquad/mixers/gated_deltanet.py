@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from subquad.mixers.base import Mixer, State, divide
 from subquad.mixers.convolution import ShortConvolution
 from subquad.mixers.init import no_weight_decay, set_log_uniform_, set_step_size_
-from subquad.mixers.norms import NormThenGate, at_least_float32, l2_normalise
+from subquad.mixers.norms import NormThenGate, at_least_float32
 from subquad.recurrence import Delta, linear_recurrence
+from subquad.recurrence.norm import l2_norm
 from subquad.recurrence.validate import fail
 
 
@@ -89,21 +90,20 @@ class GatedDeltaNet(Mixer):
         self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
         past = self.check_inputs(x, state, cu_seqlens)
-        qkv, gate, b, a = self.in_proj(x).split(self.sizes, dim=-1)
+        qkv, gate, b, a = self.in_proj(x).split_with_sizes(self.sizes, -1)
         qkv, conv = self.conv(qkv, past.get("conv"), cu_seqlens)
-        qk, v = qkv.split(self.conv_sizes, dim=-1)
-        q, k = l2_normalise(qk.unflatten(-1, (-1, self.head_dim))).chunk(2, dim=2)  # [B,T,Hk,K]
+        qk, v = qkv.split_with_sizes(self.conv_sizes, -1)
+        qk = l2_norm(qk, self.head_dim).unflatten(-1, (-1, self.head_dim))
+        q, k = qk.chunk(2, dim=2)  # [B,T,Hk,K]
         beta = at_least_float32(b).sigmoid() * self.beta_scale  # [B,T,H]
         dt = F.softplus(at_least_float32(a) + self.dt_bias)  # [B,T,H]
-        heads = (self.num_v_heads, self.value_head_dim)
         o, recurrent = linear_recurrence(
             q,
             k,
-            v.unflatten(-1, heads),  # [B,T,H,V]
+            v.unflatten(-1, (self.num_v_heads, -1)),  # [B,T,H,V]
             log_decay=-dt * at_least_float32(self.A_log).exp(),  # [B,T,H]
             erase=Delta(beta),
             state=past.get("recurrent"),
             cu_seqlens=cu_seqlens,
         )
-        y = self.norm(o, gate.unflatten(-1, heads))
-        return self.o_proj(y.flatten(-2)), {"conv": conv, "recurrent": recurrent}
+        return self.o_proj(self.norm(o.flatten(-2), gate)), {"conv": conv, "recurrent": recurrent}

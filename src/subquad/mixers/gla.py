@@ -69,5 +69,4 @@ class GLA(Mixer):
             state=past.get("recurrent"),
             cu_seqlens=cu_seqlens,
         )
-        y = self.norm(o, gate.unflatten(-1, heads))
-        return self.o_proj(y.flatten(-2)), {"recurrent": recurrent}
+        return self.o_proj(self.norm(o.flatten(-2), gate)), {"recurrent": recurrent}

@@ -89,7 +89,7 @@ class Mamba(Mixer):
         past = self.check_inputs(x, state, cu_seqlens)
         x, z = self.in_proj(x).chunk(2, dim=-1)  # [B,T,D]
         x, conv = self.conv(x, past.get("conv"), cu_seqlens)
-        r, B, C = self.x_proj(x).split(self.sizes, dim=-1)
+        r, B, C = self.x_proj(x).split_with_sizes(self.sizes, -1)
         # In float32 also under autocast: small steps are what a long memory is made of.
         dt = self.dt_proj(r).float() + self.dt_bias  # [B,T,D]
         A = -self.A_log.float().exp()

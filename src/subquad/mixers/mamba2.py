@@ -84,9 +84,9 @@ class Mamba2(Mixer):
         self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
         past = self.check_inputs(x, state, cu_seqlens)
-        z, xBC, dt = self.in_proj(x).split(self.sizes, dim=-1)
+        z, xBC, dt = self.in_proj(x).split_with_sizes(self.sizes, -1)
         xBC, conv = self.conv(xBC, past.get("conv"), cu_seqlens)
-        x, k, q = xBC.split(self.conv_sizes, dim=-1)
+        x, k, q = xBC.split_with_sizes(self.conv_sizes, -1)
         x = x.unflatten(-1, (self.num_heads, self.head_dim))  # [B,T,H,P]
         dt = F.softplus(at_least_float32(dt) + self.dt_bias)  # [B,T,H]
         y, recurrent = linear_recurrence(

@@ -5,16 +5,21 @@ run (it computes in float32 whatever comes).
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from subquad.recurrence.norm import gated_rms_norm, rms_norm
 
 
 class RMSNorm(nn.RMSNorm):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
 
+    def __init__(self, size: int, eps: float = 1e-5) -> None:
+        super().__init__(size, eps)
+        self.size = size
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.size, self.weight.to(x.dtype), self.eps)  # type: ignore[arg-type]
 
 
 class NormThenGate(nn.Module):
@@ -29,17 +34,17 @@ class NormThenGate(nn.Module):
     def __init__(self, head_dim: int, eps: float = 1e-5, *, affine: bool = True) -> None:
         super().__init__()
         self.eps = eps
+        self.head_dim = head_dim
         self.weight = nn.Parameter(torch.ones(head_dim)) if affine else None
-        self.shape = (head_dim,)
 
     def reset_parameters(self) -> None:
         if self.weight is not None:
             nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        """x, gate [..., D] -> [..., D]."""
+        """x, gate [..., H*D], the heads side by side -> [..., H*D]."""
         weight = None if self.weight is None else self.weight.to(x.dtype)
-        return F.rms_norm(x, self.shape, weight, self.eps) * F.silu(gate)
+        return gated_rms_norm(x, gate, self.head_dim, weight, self.eps, gate_first=False)
 
 
 class GateThenNorm(nn.Module):
@@ -54,7 +59,7 @@ class GateThenNorm(nn.Module):
     def __init__(self, size: int, groups: int = 1, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
-        self.groups = groups
+        self.group_size = size // groups
         self.weight = nn.Parameter(torch.ones(size))
 
     def reset_parameters(self) -> None:
@@ -62,22 +67,8 @@ class GateThenNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """x, gate [..., size] -> [..., size]."""
-        x = x * F.silu(gate)
         weight = self.weight.to(x.dtype)
-        if self.groups == 1:
-            return F.rms_norm(x, weight.shape, weight, self.eps)
-        x = x.unflatten(-1, (self.groups, -1))
-        return F.rms_norm(x, x.shape[-1:], None, self.eps).flatten(-2) * weight
-
-
-def l2_normalise(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x / sqrt(|x|^2 + eps) over the last dimension: what keeps a delta rule's keys at norm 1.
-
-    The eps stands inside the root, as in the published models: `F.normalize` clamps instead, and
-    differs for short keys. The norm is float32 (float64 for float64): keys longer than 1 diverge.
-    """
-    norm = torch.linalg.vector_norm(at_least_float32(x), dim=-1, keepdim=True)
-    return x * torch.rsqrt(norm * norm + eps).to(x.dtype)
+        return gated_rms_norm(x, gate, self.group_size, weight, self.eps, gate_first=True)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -89,5 +89,5 @@ class RetNet(Mixer):
             state=past.get("recurrent"),
             cu_seqlens=cu_seqlens,
         )
-        y = self.norm(o, gate.unflatten(-1, (H, -1))).flatten(-2)
+        y = self.norm(o.flatten(-2), gate)
         return self.out_proj(y), {"recurrent": recurrent, "length": length}

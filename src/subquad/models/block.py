@@ -9,6 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from subquad.mixers import MIXERS
 from subquad.mixers.base import State
 from subquad.mixers.init import no_weight_decay
+from subquad.mixers.norms import RMSNorm
 from subquad.models.config import SubquadConfig
 
 
@@ -31,10 +32,10 @@ class Block(GradientCheckpointingLayer):
     def __init__(self, config: SubquadConfig, row: str) -> None:
         super().__init__()
         hidden = config.hidden_size
-        self.mixer_norm = nn.RMSNorm(hidden, eps=config.norm_eps)
+        self.mixer_norm = RMSNorm(hidden, eps=config.norm_eps)
         self.mixer = MIXERS[row](hidden, **config.mixer_kwargs(row))
         size = config.mlp_size(row)
-        self.mlp_norm = nn.RMSNorm(hidden, eps=config.norm_eps) if size else None
+        self.mlp_norm = RMSNorm(hidden, eps=config.norm_eps) if size else None
         self.mlp = SwiGLU(hidden, size) if size else None
         marked = (n for n, p in self.named_parameters() if getattr(p, "_no_weight_decay", False))
         self.undecayed = tuple(marked)
@@ -56,6 +57,6 @@ class Block(GradientCheckpointingLayer):
         return x, state
 
 
-def normed(norm: nn.RMSNorm, x: Tensor) -> Tensor:
+def normed(norm: RMSNorm, x: Tensor) -> Tensor:
     """The norm of a residual that may be wider (float32) than the weights (bfloat16)."""
     return norm(x.to(norm.weight.dtype))

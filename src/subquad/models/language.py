@@ -11,6 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from subquad.mixers.base import Mixer, State
+from subquad.mixers.norms import RMSNorm
 from subquad.models.block import Block, normed
 from subquad.models.cache import SubquadCache
 from subquad.models.config import SubquadConfig
@@ -63,7 +64,7 @@ class SubquadModel(SubquadPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         blocks = [Block(config, row) for row in config.rows]
         self.layers = nn.ModuleList(blocks)
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self._keep_in_fp32_modules_strict = float32_names(blocks)
         self.gradient_checkpointing = False
         self.post_init()

@@ -85,6 +85,8 @@ def linear_recurrence(
     plan = _plan(q, k, v, log_decay, erase, bonus, state, cu_seqlens, form, impl)
     if watched():
         tell(_explain(plan, q, v, log_decay, erase, bonus, cu_seqlens))
+    if plan.impl == "numba":
+        return _one_token(q, k, v, log_decay, erase, bonus, scale, state, cu_seqlens)
     with _no_autocast(q.device.type):
         return _run(plan, q, k, v, log_decay, erase, bonus, scale, state, cu_seqlens)
 
@@ -247,9 +249,7 @@ def _run(
         state.to(dtype),
         cu_seqlens,
     )
-    if plan.impl == "numba":
-        o, final = _one_token(*arguments[:-1])
-    elif plan.form == "recurrent":
+    if plan.form == "recurrent":
         o, final = reference.loop(*arguments)
     else:
         o, final = forms.chunked(*arguments, plan.chunk)
@@ -263,25 +263,23 @@ def _one_token(
     log_decay: Tensor | None,
     erase: Erase,
     bonus: Tensor | None,
-    state: Tensor,
+    scale: float | None,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """Decoding: plain float32 tensors as they are. Packed or not, a token is a row of its own."""
     from subquad.kernels import matrix_step_cpu  # compiles, and imports numba, when first used
 
-    decay = reference.decay_at(log_decay, 0)
-    if decay is not None:
-        decay = decay.exp().expand(*state.shape[:2], -1)
-    o, final = matrix_step_cpu.step(
-        q[:, 0],
-        k[:, 0],
-        v[:, 0],
-        decay,
-        erase.beta[:, 0] if isinstance(erase, Delta) else None,
-        erase.a[:, 0] if isinstance(erase, LowRank) else None,
-        erase.b[:, 0] if isinstance(erase, LowRank) else None,
-        bonus,
-        state,
+    if state is None:
+        state = torch.zeros(q.shape[0], v.shape[2], q.shape[3], v.shape[3])
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    beta = erase.beta if isinstance(erase, Delta) else None
+    a, b = (erase.a, erase.b) if isinstance(erase, LowRank) else (None, None)
+    result: tuple[Tensor, Tensor] = matrix_step_cpu.step(
+        q, k, v, log_decay, beta, a, b, bonus, scale, state
     )
-    return o[:, None], final
+    return result
 
 
 def _tensors(erase: Erase) -> tuple[Tensor, ...]:

@@ -51,8 +51,8 @@ def short_convolution(
     if x.shape[0] * x.shape[1] == N and can_call_compiled_code(given):  # one token each: decoding
         from subquad.kernels import short_convolution_cpu
 
-        y, state = short_convolution_cpu.step(x.reshape(N, -1), weight, bias, state, silu)
-        return y.view(x.shape), state
+        result: tuple[Tensor, Tensor] = short_convolution_cpu.step(x, weight, bias, state, silu)
+        return result
     state = state.to(x.dtype)
     precise = torch.float64 if x.dtype == torch.float64 else torch.float32
     inputs = (x.to(precise), weight.to(precise), None if bias is None else bias.to(precise))

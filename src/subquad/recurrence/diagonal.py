@@ -147,13 +147,12 @@ def _one_token(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Decoding: one step, in compiled code where nothing is recorded."""
-    inputs = (x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state)
-    if can_call_compiled_code(inputs):
+    if can_call_compiled_code((x, dt, A, B, C, D, state)):
         from subquad.kernels import selective_scan_cpu
 
-        y, last_state = selective_scan_cpu.step(*inputs)
-    else:
-        y, last_state = step(*inputs)
+        result: tuple[Tensor, Tensor] = selective_scan_cpu.step(x, dt, A, B, C, D, state)
+        return result
+    y, last_state = step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state)
     return y[:, None], last_state
 
 

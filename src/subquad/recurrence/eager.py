@@ -9,17 +9,29 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def can_call_compiled_code(tensors: Iterable[Tensor]) -> bool:
     """True for plain float32 CPU tensors of which nobody records a gradient or a graph."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _is_transformed():
         return False
     grad = torch.is_grad_enabled()
-    return all(
-        type(t) in (Tensor, torch.nn.Parameter)  # not a fake, functional or wrapped tensor
-        and t.dtype == torch.float32
-        and t.device.type == "cpu"
-        and not (grad and t.requires_grad)
-        for t in tensors
+    for t in tensors:
+        if type(t) not in _PLAIN:  # a fake, functional or wrapped tensor
+            return False
+        if t.dtype != torch.float32 or not t.is_cpu or (grad and t.requires_grad):
+            return False
+    return True
+
+
+def _is_transformed() -> bool:
+    """Within vmap, jvp, tracing or a dispatch mode, which must see every operation."""
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.jit.is_tracing()
     )
