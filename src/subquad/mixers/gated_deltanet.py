@@ -90,17 +90,18 @@ class GatedDeltaNet(Mixer):
         self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
         past = self.check_inputs(x, state, cu_seqlens)
+        B, T, _ = x.shape
         qkv, gate, b, a = self.in_proj(x).split_with_sizes(self.sizes, -1)
         qkv, conv = self.conv(qkv, past.get("conv"), cu_seqlens)
         qk, v = qkv.split_with_sizes(self.conv_sizes, -1)
-        qk = l2_norm(qk, self.head_dim).unflatten(-1, (-1, self.head_dim))
+        qk = l2_norm(qk, self.head_dim).view(B, T, -1, self.head_dim)
         q, k = qk.chunk(2, dim=2)  # [B,T,Hk,K]
         beta = at_least_float32(b).sigmoid() * self.beta_scale  # [B,T,H]
         dt = F.softplus(at_least_float32(a) + self.dt_bias)  # [B,T,H]
         o, recurrent = linear_recurrence(
             q,
             k,
-            v.unflatten(-1, (self.num_v_heads, -1)),  # [B,T,H,V]
+            v.view(B, T, self.num_v_heads, -1),  # [B,T,H,V]
             log_decay=-dt * at_least_float32(self.A_log).exp(),  # [B,T,H]
             erase=Delta(beta),
             state=past.get("recurrent"),

@@ -84,14 +84,15 @@ class Mamba2(Mixer):
         self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
         past = self.check_inputs(x, state, cu_seqlens)
+        B, T, _ = x.shape
         z, xBC, dt = self.in_proj(x).split_with_sizes(self.sizes, -1)
         xBC, conv = self.conv(xBC, past.get("conv"), cu_seqlens)
         x, k, q = xBC.split_with_sizes(self.conv_sizes, -1)
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))  # [B,T,H,P]
+        x = x.view(B, T, self.num_heads, self.head_dim)
         dt = F.softplus(at_least_float32(dt) + self.dt_bias)  # [B,T,H]
         y, recurrent = linear_recurrence(
-            q.unflatten(-1, (-1, self.state_size)),  # [B,T,G,N]
-            k.unflatten(-1, (-1, self.state_size)),  # [B,T,G,N]
+            q.view(B, T, -1, self.state_size),  # [B,T,G,N]
+            k.view(B, T, -1, self.state_size),  # [B,T,G,N]
             (x * dt[..., None]).to(x.dtype),  # [B,T,H,P]
             log_decay=-dt * at_least_float32(self.A_log).exp(),  # [B,T,H]
             scale=1.0,
