@@ -79,6 +79,14 @@ def test_mixers_start_as_published(row) -> None:
             torch.testing.assert_close(parameter.std(), drawn[name], rtol=0.2, atol=0)
 
 
+@pytest.mark.parametrize("row", ["mamba", "mamba2"])
+def test_deep_models_start_with_smaller_outputs(row) -> None:
+    """Mamba divides its last projection by the root of the depth; loaded weights are left alone."""
+    shallow, deep = build([row]), build([row] * 4)
+    weights = [m.model.layers[0].mixer.out_proj.weight.std() for m in (shallow, deep)]
+    torch.testing.assert_close(weights[1], weights[0] / 2, rtol=0.1, atol=0)
+
+
 @pytest.mark.parametrize("layers", STACKS, ids="+".join)
 def test_bfloat16_keeps_recurrence_parameters_in_float32(layers, ids, tmp_path) -> None:
     model = build(layers)

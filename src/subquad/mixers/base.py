@@ -17,13 +17,15 @@ class Mixer(nn.Module, ABC):
     """A causal sequence mixer.
 
     Subclasses state their `row` in the table, the names of the tensors in their state, and whether
-    they mix channels too (and so need no MLP beside them). Their constructors take `hidden_size`
+    they mix channels too (and so need no MLP beside them). Parameters named in `shrunk_by_depth` are
+    divided by the root of the number of layers when a model starts them. Their constructors take `hidden_size`
     and keyword-only options, with the published defaults, and end with `reset_parameters()`.
     """
 
     row: ClassVar[str]
     state_names: ClassVar[tuple[str, ...]]
     has_channel_mixing: ClassVar[bool] = False
+    shrunk_by_depth: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()

@@ -36,6 +36,7 @@ class Mamba(Mixer):
     row = "mamba"
     state_names = ("conv", "recurrent")
     has_channel_mixing = True
+    shrunk_by_depth = ("out_proj.weight",)
 
     def __init__(
         self,

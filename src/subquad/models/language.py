@@ -43,7 +43,7 @@ class SubquadPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Mixer):
-            draw_missing(module)
+            draw_missing(module, self.config.num_hidden_layers)
         elif isinstance(module, Block):
             module.mark_undecayed()
         else:
@@ -302,12 +302,15 @@ def _plan(
     return pack(batch, length, attention_mask, position_ids, past, *known)
 
 
-def draw_missing(mixer: Mixer) -> None:
+def draw_missing(mixer: Mixer, depth: int) -> None:
     """Start a mixer as published, all but what has just been loaded from a checkpoint.
 
     Its projections come here with transformers' standard start, for children are visited first.
     transformers marks each tensor that it loads and makes `torch.nn.init` skip those; a mixer may
     fill parts of a tensor (a view bears no mark), so what was loaded is put back.
+
+    `depth` layers add to one residual, so what a mixer says is shrunk by depth is divided by its
+    root (Radford et al. 2019, GPT-2, section 2.3; so do Mamba and Mamba-2).
     """
     tensors = [*mixer.parameters(), *mixer.buffers()]
     loaded = [t for t in tensors if getattr(t, "_is_hf_initialized", False)]
@@ -315,6 +318,8 @@ def draw_missing(mixer: Mixer) -> None:
         return
     values = [t.clone() for t in loaded]
     mixer.reset_parameters()
+    for name in mixer.shrunk_by_depth:
+        mixer.get_parameter(name).mul_(depth**-0.5)
     for tensor, value in zip(loaded, values):
         tensor.copy_(value)
 
