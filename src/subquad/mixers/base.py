@@ -17,9 +17,10 @@ class Mixer(nn.Module, ABC):
     """A causal sequence mixer.
 
     Subclasses state their `row` in the table, the names of the tensors in their state, and whether
-    they mix channels too (and so need no MLP beside them). Parameters named in `shrunk_by_depth` are
-    divided by the root of the number of layers when a model starts them. Their constructors take `hidden_size`
-    and keyword-only options, with the published defaults, and end with `reset_parameters()`.
+    they mix channels too (and so need no MLP beside them). What `shrunk_by_depth` names is divided
+    by the root of the number of layers when a model starts it. Their constructors take
+    `hidden_size` and keyword-only options, with the published defaults, and end with
+    `reset_parameters()`.
     """
 
     row: ClassVar[str]
