@@ -150,6 +150,11 @@ def test_forms_and_implementations():
     complaint("^impl: got 'numba'", **a, impl="numba")
 
 
+@pytest.mark.parametrize("scale", ["a", float("nan"), float("inf"), [1.0]])
+def test_scale(scale):
+    complaint("^scale: ", **arguments(), scale=scale)
+
+
 def test_combinations():
     a = arguments()
     complaint("^bonus: ", **a, erase=Delta(torch.rand(1, 10, 2)), bonus=torch.randn(2, 4))

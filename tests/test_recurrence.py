@@ -227,6 +227,36 @@ def test_total_forgetting(form, erase):
             assert torch.isfinite(x).all(), name
 
 
+@pytest.mark.parametrize("erase", ERASES)
+@pytest.mark.parametrize("decay", ["H", "HK", "BTH", "BTHK"])
+def test_total_forgetting_where_chunks_are_ragged(decay, erase):
+    """Places without a token must not meet an infinite gate: packed, and a ragged last chunk."""
+    for packed in (None, [0, 3, 10, 75]):
+        arguments = make(decay, erase, B=1, T=75, packed=packed)
+        g = arguments["log_decay"]
+        g[..., 0] = float("-inf")  # a whole head, or a whole key channel, also at token 0
+        want = run(arguments, torch.float64, form="recurrent")
+        got = run(arguments, torch.float64, form="chunked")
+        for name, w in want.items():
+            if name == "dlog_decay":  # the loop's own gradient of -inf is 0 * inf in places
+                assert torch.isfinite(got[name]).all()
+            else:
+                torch.testing.assert_close(got[name], w, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("erase", ERASES)
+def test_a_spoilt_sequence_spoils_no_other(erase):
+    """NaN in one packed sequence stays there; padded batches are packed, so this matters."""
+    packed = [0, 1, 64, 66, 130]
+    arguments = make("BTH", erase, B=1, T=130, packed=packed)
+    clean, _ = linear_recurrence(**arguments, form="chunked")
+    arguments["v"][0, 0] = float("nan")
+    o, state = linear_recurrence(**arguments, form="chunked")
+    assert o[:, 0].isnan().any() and state[0].isnan().any()
+    torch.testing.assert_close(o[:, 1:], clean[:, 1:])
+    assert torch.isfinite(state[1:]).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs(dtype):
     """Inputs are rounded to the half type, nothing else is: the state stays float32."""

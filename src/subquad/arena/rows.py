@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from subquad.mixers import MIXERS, State
+from subquad.models.device import pick_device
 from subquad.recurrence import ROWS, Explanation, Row, watch
 from subquad.recurrence.validate import choose, fail
 
@@ -58,8 +59,7 @@ def explain_command(
     for argument, value in (("hidden_size", hidden_size), ("tokens", tokens), ("batch", batch)):
         if value < 1:
             raise fail(argument, value, "a positive number", f"give {argument} >= 1")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(pick_device(device))
     facts = ROWS[name].as_dict(runs=name in MIXERS)
     runs = _try(name, hidden_size, tokens, batch, device) if name in MIXERS else []
     if as_json:

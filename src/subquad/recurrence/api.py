@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -81,7 +82,7 @@ def linear_recurrence(
     chunked form, Yang et al. 2024 (GLA, arXiv:2312.06635); delta rule in chunks, Yang et al. 2024
     (arXiv:2406.06484); bonus, Peng et al. 2024 (RWKV-5/6, arXiv:2404.05892).
     """
-    _check(q, k, v, log_decay, erase, bonus, state, cu_seqlens)
+    _check(q, k, v, log_decay, erase, bonus, scale, state, cu_seqlens)
     plan = _plan(q, k, v, log_decay, erase, bonus, state, cu_seqlens, form, impl)
     if watched():
         tell(_explain(plan, q, v, log_decay, erase, bonus, cu_seqlens))
@@ -108,7 +109,7 @@ def explain(
 
     Nothing is computed, so tensors on the "meta" device do. Raises what the call would raise.
     """
-    _check(q, k, v, log_decay, erase, bonus, state, cu_seqlens)
+    _check(q, k, v, log_decay, erase, bonus, scale, state, cu_seqlens)
     plan = _plan(q, k, v, log_decay, erase, bonus, state, cu_seqlens, form, impl)
     return _explain(plan, q, v, log_decay, erase, bonus, cu_seqlens)
 
@@ -296,6 +297,7 @@ def _check(
     log_decay: Tensor | None,
     erase: Erase,
     bonus: Tensor | None,
+    scale: float | None,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
@@ -345,6 +347,8 @@ def _check(
             )
         check_tensor("bonus", bonus, 2, "[H,K]", q)
         check_shape("bonus", bonus, (H, K), "[H,K]")
+    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
+        raise fail("scale", repr(scale), "a finite number, or None for K**-0.5", "pass a float")
     rows, layout = B, "[B,H,K,V]"
     if cu_seqlens is not None:
         rows, layout = check_cu_seqlens(cu_seqlens, T, B, q), "[N,H,K,V]"

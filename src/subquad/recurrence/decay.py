@@ -97,7 +97,27 @@ class NoDecay:
         return state + written
 
 
-class HeadDecay:
+class _Gated:
+    """What both decays do with the gates from a chunk's start to t, and from s to its end."""
+
+    start: Tensor  # [..,C,1|K]
+    end: Tensor  # [..,C,1|K]
+    totals: tuple[Tensor, ...]  # of each chunk (or one for all): [B|1,Hk,G,1|K,1]
+
+    def _start(self, own: bool) -> Tensor:
+        return self.start if own else pad(self.start[..., :-1, :], (0, 0, 1, 0), value=1.0)
+
+    def reader(self, x: Tensor, own: bool = True) -> Tensor:
+        return x * self._start(own)
+
+    def writer(self, y: Tensor) -> Tensor:
+        return y * self.end
+
+    def carry(self, state: Tensor, n: int, written: Tensor) -> Tensor:
+        return torch.addcmul(written, state, self.totals[n if len(self.totals) > 1 else 0])
+
+
+class HeadDecay(_Gated):
     """One number a head and token: multiplies scores and values, so shared keys stay shared.
 
     log_decay [B|1,Hk,G,N|1,C]; a 1 where a fixed decay is the same for all. The weights are kept
@@ -123,26 +143,14 @@ class HeadDecay:
         scores: Tensor = (pairs(y, x) * weights).mT
         return scores
 
-    def _start(self, own: bool) -> Tensor:
-        return self.start if own else pad(self.start[..., :-1, :], (0, 0, 1, 0), value=1.0)
-
-    def reader(self, x: Tensor, own: bool = True) -> Tensor:
-        return x * self._start(own)
-
-    def writer(self, y: Tensor) -> Tensor:
-        return y * self.end
-
     def read(self, x: Tensor, states: Tensor, own: bool = True) -> Tensor:
         return shared_matmul(x, states) * self._start(own)
 
     def write(self, keys: Tensor, values: Tensor) -> Tensor:
         return shared_matmul(keys.mT, values * self.end)
 
-    def carry(self, state: Tensor, n: int, written: Tensor) -> Tensor:
-        return torch.addcmul(written, state, self.totals[n if len(self.totals) > 1 else 0])
 
-
-class KeyDecay:
+class KeyDecay(_Gated):
     """One number a key channel and token. log_decay [B|1,Hk,G,N|1,C,K]."""
 
     def __init__(self, log_decay: Tensor) -> None:
@@ -173,23 +181,11 @@ class KeyDecay:
             block = torch.cat([top, bottom], -2)  # [..,C/2h,2h,2h]
         return block.squeeze(-3)
 
-    def _start(self, own: bool) -> Tensor:
-        return self.start if own else pad(self.start[..., :-1, :], (0, 0, 1, 0), value=1.0)
-
-    def reader(self, x: Tensor, own: bool = True) -> Tensor:
-        return x * self._start(own)
-
-    def writer(self, y: Tensor) -> Tensor:
-        return y * self.end
-
     def read(self, x: Tensor, states: Tensor, own: bool = True) -> Tensor:
         return self.reader(x, own) @ states
 
     def write(self, keys: Tensor, values: Tensor) -> Tensor:
         return self.writer(keys).mT @ values
-
-    def carry(self, state: Tensor, n: int, written: Tensor) -> Tensor:
-        return torch.addcmul(written, state, self.totals[n if len(self.totals) > 1 else 0])
 
 
 def _bisect(log_decay: Tensor) -> list[tuple[Tensor, Tensor]]:

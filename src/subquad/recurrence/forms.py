@@ -47,11 +47,14 @@ def chunked(
     """All tokens, `chunk` at a time. Returns o [B,T,H,V] and the final state [B|N,H,K,V]."""
     Hk = k.shape[2]
     grid = Grid.of(q.shape[1], chunk, cu_seqlens)
-    q, k, v = grid.cut(q, Hk), grid.cut(k, Hk), grid.cut(v, Hk)
+    q, k, wide = grid.cut(q, Hk).contiguous(), grid.cut(k, Hk).contiguous(), grid.cut(v, Hk)
+    v = wide.contiguous()
+    if wide.shape[2] == 1:
+        wide = v  # else heads that share a key lie side by side in `wide`, as `write` wants them
     g = _cut_decay(log_decay, grid, Hk)
-    beta = grid.cut(erase.beta.unsqueeze(-1), Hk) if isinstance(erase, Delta) else None
-    a = grid.cut(erase.a, Hk) if isinstance(erase, LowRank) else None
-    b = grid.cut(erase.b, Hk) if isinstance(erase, LowRank) else None
+    beta = grid.cut(erase.beta.unsqueeze(-1), Hk).contiguous() if isinstance(erase, Delta) else None
+    a = grid.cut(erase.a, Hk).contiguous() if isinstance(erase, LowRank) else None
+    b = grid.cut(erase.b, Hk).contiguous() if isinstance(erase, LowRank) else None
     if bonus is not None:
         bonus = bonus.unflatten(0, (Hk, -1))[None, :, :, None, None]  # [1,Hk,G,1,1,K]
     initial = state.unflatten(1, (Hk, -1))  # [B|N,Hk,G,K,V]
@@ -60,14 +63,14 @@ def chunked(
     outputs, ends = [], []
     for begin in range(0, grid.N, CHUNKS_AT_ONCE):
         cut = slice(begin, begin + CHUNKS_AT_ONCE)
-        qn, kn, vn, gn = q[:, :, :, cut], k[:, :, :, cut], v[:, :, :, cut], _at(g, cut)
+        qn, kn, vn, wn, gn = *(x[:, :, :, cut] for x in (q, k, v, wide)), _at(g, cut)
         decay = NoDecay() if gn is None else _decay(gn)
         if erase is None:
-            inside = _without_erase(qn, kn, vn, decay, bonus)
+            inside = _without_erase(qn, kn, vn, wn, decay, bonus)
         elif beta is not None:
             inside = _with_delta(qn, kn, vn, beta[:, :, :, cut], decay)
         elif a is not None and b is not None:
-            inside = _with_low_rank(qn, kn, vn, a[:, :, :, cut], b[:, :, :, cut], decay)
+            inside = _with_low_rank(qn, kn, vn, wn, a[:, :, :, cut], b[:, :, :, cut], decay)
 
         # One entry a chunk. (unbind, because the gradient of indexing is as large as the whole.)
         written = None if inside.written is None else inside.written.unbind(3)
@@ -109,8 +112,11 @@ class _Inside(NamedTuple):
     scores: Tensor | None = None  # [B,Hk,G,N,C,C]
 
 
-def _without_erase(q: Tensor, k: Tensor, v: Tensor, decay: Decay, bonus: Tensor | None) -> _Inside:
-    written = decay.write(k, v)
+def _without_erase(
+    q: Tensor, k: Tensor, v: Tensor, wide: Tensor, decay: Decay, bonus: Tensor | None
+) -> _Inside:
+    """`wide` is v in the memory layout that `write` reads best."""
+    written = decay.write(k, wide)
     if bonus is None:
         return _Inside(shared_matmul(decay.scores(q, k, diagonal=True), v), written)
     # Token t reads before its own decay and write, and itself through the bonus.
@@ -127,13 +133,15 @@ def _with_delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Decay) -> 
     return _Inside(None, None, U, W, decay.writer(k) * beta, scores)
 
 
-def _with_low_rank(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, decay: Decay) -> _Inside:
+def _with_low_rank(
+    q: Tensor, k: Tensor, v: Tensor, wide: Tensor, a: Tensor, b: Tensor, decay: Decay
+) -> _Inside:
     L = -decay.scores(a, b, diagonal=False, own=False)
     base = shared_matmul(decay.scores(a, k, diagonal=False, own=False), v)
     U, W = _solve(L, base, -decay.reader(a, own=False))
     o = shared_matmul(decay.scores(q, k, diagonal=True), v)
     scores = decay.scores(q, b, diagonal=True)
-    return _Inside(o, decay.write(k, v), U, W, decay.writer(b), scores)
+    return _Inside(o, decay.write(k, wide), U, W, decay.writer(b), scores)
 
 
 def _solve(strict: Tensor, base: Tensor, reader: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,7 +164,9 @@ def _cut_decay(log_decay: Tensor | None, grid: Grid, Hk: int) -> Tensor | None:
         return None
     if log_decay.ndim % 2:  # [H], [B,T,H]: a number a head
         log_decay = log_decay.unsqueeze(-1)
-    return grid.cut_fixed(log_decay, Hk) if log_decay.ndim == 2 else grid.cut(log_decay, Hk)
+    if log_decay.ndim == 2:
+        return grid.cut_fixed(log_decay, Hk)
+    return grid.cut(log_decay, Hk).contiguous()
 
 
 def _decay(g: Tensor) -> Decay:

@@ -64,13 +64,15 @@ class Grid:
         return self.token is not None or self.N * self.C != self.T
 
     def cut(self, x: Tensor, Hk: int) -> Tensor:
-        """[B,T,H,D] -> [B,Hk,G,N,C,D], contiguous, zeros where there is no token."""
+        """[B,T,H,D] -> [B,Hk,G,N,C,D], zeros where there is no token; a view where it can be."""
         if self.token is not None and self.filled is not None:
-            x = x.index_select(1, self.token) * self.filled.to(x.dtype)[None, :, None, None]
+            # Masked, not multiplied by 0: the token gathered in vain may be NaN or -inf.
+            x = x.index_select(1, self.token)
+            x = x.masked_fill(~self.filled[None, :, None, None], 0.0)
         elif self.padded:
             x = pad(x, (0, 0, 0, 0, 0, self.N * self.C - self.T))
         x = x.unflatten(1, (self.N, self.C)).unflatten(3, (Hk, -1))  # [B,N,C,Hk,G,D]
-        return x.permute(0, 3, 4, 1, 2, 5).contiguous()
+        return x.permute(0, 3, 4, 1, 2, 5)
 
     def cut_fixed(self, g: Tensor, Hk: int) -> Tensor:
         """A decay [H,D], the same for all tokens -> [1,Hk,G,N|1,C,D], 0 where no token is."""
@@ -80,7 +82,7 @@ class Grid:
         filled = self.filled
         if filled is None:
             filled = torch.arange(self.N * self.C, device=g.device) < self.T
-        return g * filled.to(g.dtype).view(1, 1, 1, self.N, self.C, 1)
+        return torch.where(filled.view(1, 1, 1, self.N, self.C, 1), g, 0.0)
 
     def join(self, x: Tensor) -> Tensor:
         """[B,Hk,G,N,C,D] -> [B,T,H,D]."""
