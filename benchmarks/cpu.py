@@ -100,7 +100,7 @@ def copy_mamba_weights(theirs: nn.Module, ours: SubquadForCausalLM) -> SubquadFo
 
 def gated_deltanet() -> tuple[nn.Module, SubquadForCausalLM]:
     use_torch_paths(modeling_qwen3_next)
-    Hk, H, K, V, layers, inner = 4, 8, 64, 128, 12, 1024
+    Hk, H, K, V, layers, inner = 4, 8, 128, 128, 10, 1408  # its proportions at width 512
     config = Qwen3NextConfig(
         vocab_size=VOCAB,
         hidden_size=HIDDEN,

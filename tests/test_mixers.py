@@ -1,5 +1,6 @@
 """What holds for every mixer, tested by its being in MIXERS: however cut, the same outputs."""
 
+import inspect
 import random
 from itertools import pairwise
 
@@ -332,6 +333,20 @@ class TestBadInput:
         ],
     )
     def test_options(self, name, options, argument):
+        self._refuses(name, options, argument)
+
+    @every_mixer
+    def test_counts(self, name):
+        """Every option whose default is a whole number takes positive whole numbers only."""
+        parameters = inspect.signature(MIXERS[name].__init__).parameters.values()
+        counts = [p.name for p in parameters if type(p.default) is int]
+        counts += [p.name for p in parameters if p.name in ("num_heads", "head_dim")]
+        assert counts or name == "linear_attention"
+        for option in counts:
+            for wrong in (0, -1, 1.5, "4", True):
+                self._refuses(name, {option: wrong}, option)
+
+    def _refuses(self, name, options, argument):
         with pytest.raises(ValueError, match=f"{argument}: got"):
             MIXERS[name](HIDDEN, **options)
 

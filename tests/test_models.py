@@ -79,6 +79,12 @@ def test_mixers_start_as_published(row) -> None:
             torch.testing.assert_close(parameter.std(), drawn[name], rtol=0.2, atol=0)
 
 
+def test_a_mixer_option_of_the_model_is_refused() -> None:
+    """transformers would keep it and no mixer would ever see it."""
+    with pytest.raises(ValueError, match=r"num_heads: .*mixer_options=\{'gla'"):
+        SubquadConfig(mixer="gla", num_heads=4)
+
+
 @pytest.mark.parametrize("row", ["mamba", "mamba2"])
 def test_deep_models_start_with_smaller_outputs(row) -> None:
     """Mamba divides its last projection by the root of the depth; loaded weights are left alone."""

@@ -6,6 +6,7 @@ from transformers.utils import logging
 
 from subquad.generate.decode import stream
 from subquad.generate.load import load
+from subquad.recurrence.validate import fail
 
 
 def generate_command(
@@ -19,6 +20,8 @@ def generate_command(
     device: str,
 ) -> None:
     """Print the prompt and its continuation as it comes, nothing else, so that it can be piped."""
+    if seed is not None and not 0 <= seed < 2**63:
+        raise fail("--seed", seed, "a number from 0 to 2**63 - 1", "take a smaller one")
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     model, tokenizer = load(path, device=device)
     pieces = stream(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from subquad.mixers.base import Mixer, State, divide
+from subquad.mixers.base import Mixer, State, check_positive_integers, divide
 from subquad.mixers.rotary import angles, positions, rotate_halves
 from subquad.recurrence.validate import check_shape, fail
 
@@ -51,7 +51,9 @@ class SoftmaxAttention(Mixer):
         rope_theta: float = 10_000.0,
         qkv_bias: bool = False,
     ) -> None:
-        super().__init__(hidden_size)
+        super().__init__(
+            hidden_size, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim
+        )
         self.num_heads = max(1, hidden_size // 64) if num_heads is None else num_heads
         self.num_kv_heads = self.num_heads if num_kv_heads is None else num_kv_heads
         divide(self.num_heads, self.num_kv_heads, "num_heads", "num_kv_heads")
@@ -142,8 +144,7 @@ class SlidingWindowAttention(SoftmaxAttention):
     row = "sliding_window_attention"
 
     def __init__(self, hidden_size: int, *, window: int = 256, **options: object) -> None:
-        if window < 1:
-            raise fail("window", window, "at least 1, the token itself", "pass a positive window")
+        check_positive_integers(window=window)
         super().__init__(hidden_size, **options)  # type: ignore[arg-type]
         self.window = window
 

@@ -28,10 +28,10 @@ class Mixer(nn.Module, ABC):
     has_channel_mixing: ClassVar[bool] = False
     shrunk_by_depth: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, hidden_size: int) -> None:
+    def __init__(self, hidden_size: int, **sizes: object) -> None:
+        """`sizes`: options that must be positive integers, by name; None stands for a default."""
         super().__init__()
-        if not isinstance(hidden_size, int) or hidden_size < 1:
-            raise fail("hidden_size", repr(hidden_size), "a positive integer", "pass x's width")
+        check_positive_integers(hidden_size=hidden_size, **sizes)
         self.hidden_size = hidden_size
 
     @abstractmethod
@@ -89,6 +89,13 @@ class Mixer(nn.Module, ABC):
                 got = f"{tensor.shape[0]} rows"
                 raise fail(f"state[{name!r}]", got, expected, "select the rows of x")
         return state
+
+
+def check_positive_integers(**sizes: object) -> None:
+    """ValueError for the first that is neither None nor a positive integer."""
+    for name, size in sizes.items():
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise fail(name, repr(size), "a positive integer", "see the default")
 
 
 def divide(total: int, parts: int, total_name: str, parts_name: str) -> int:

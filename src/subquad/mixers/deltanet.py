@@ -44,7 +44,7 @@ class DeltaNet(Mixer):
         allow_negative_eigenvalues: bool = False,
         norm_eps: float = 1e-5,
     ) -> None:
-        super().__init__(hidden_size)
+        super().__init__(hidden_size, num_heads=num_heads, conv_width=conv_width)
         self.num_heads = max(1, hidden_size // 128) if num_heads is None else num_heads
         self.head_dim = divide(hidden_size, self.num_heads, "hidden_size", "num_heads")
         self.beta_scale = 2.0 if allow_negative_eigenvalues else 1.0

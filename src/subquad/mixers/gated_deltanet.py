@@ -53,11 +53,17 @@ class GatedDeltaNet(Mixer):
         allow_negative_eigenvalues: bool = False,
         norm_eps: float = 1e-5,
     ) -> None:
-        super().__init__(hidden_size)
+        super().__init__(
+            hidden_size,
+            num_heads=num_heads,
+            num_v_heads=num_v_heads,
+            head_dim=head_dim,
+            conv_width=conv_width,
+        )
         self.num_heads = num_heads
         self.num_v_heads = num_heads if num_v_heads is None else num_v_heads
-        if num_heads < 1 or self.num_v_heads % num_heads:
-            expected = f"a multiple of num_heads = {num_heads} > 0"
+        if self.num_v_heads % num_heads:
+            expected = f"a multiple of num_heads = {num_heads}"
             raise fail("num_v_heads", self.num_v_heads, expected, "change one of the two")
         if head_dim is None:
             head_dim = divide(3 * hidden_size, 4 * num_heads, "3 * hidden_size", "4 * num_heads")

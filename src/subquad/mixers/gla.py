@@ -10,6 +10,7 @@ from subquad.mixers.base import Mixer, State, divide
 from subquad.mixers.init import no_weight_decay
 from subquad.mixers.norms import NormThenGate, at_least_float32
 from subquad.recurrence import linear_recurrence
+from subquad.recurrence.validate import fail
 
 
 class GLA(Mixer):
@@ -41,7 +42,9 @@ class GLA(Mixer):
         gate_temperature: float = 16.0,
         norm_eps: float = 1e-5,
     ) -> None:
-        super().__init__(hidden_size)
+        super().__init__(hidden_size, num_heads=num_heads, gate_rank=gate_rank)
+        if not gate_temperature > 0:
+            raise fail("gate_temperature", gate_temperature, "a positive number", "16 is published")
         divide(hidden_size, 2 * num_heads, "hidden_size", "2 * num_heads")
         self.num_heads = num_heads
         self.gate_temperature = gate_temperature

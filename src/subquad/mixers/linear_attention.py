@@ -51,7 +51,7 @@ class LinearAttention(Mixer):
         normalise: bool = True,
         norm_eps: float = 1e-5,
     ) -> None:
-        super().__init__(hidden_size)
+        super().__init__(hidden_size, num_heads=num_heads)
         choose("feature_map", feature_map, tuple(_FEATURE_MAPS))
         if normalise and feature_map == "identity":
             expected = "'elu1' or 'relu', never negative, when normalise=True"

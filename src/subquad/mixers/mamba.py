@@ -52,12 +52,14 @@ class Mamba(Mixer):
         dt_max: float = 0.1,
         dt_floor: float = 1e-4,
     ) -> None:
-        super().__init__(hidden_size)
+        super().__init__(
+            hidden_size,
+            expand=expand,
+            state_size=state_size,
+            dt_rank=None if dt_rank == "auto" else dt_rank,
+            conv_width=conv_width,
+        )
         rank = -(-hidden_size // 16) if dt_rank == "auto" else dt_rank
-        sizes = {"expand": expand, "state_size": state_size, "dt_rank": rank}
-        for name, size in {**sizes, "conv_width": conv_width}.items():
-            if not isinstance(size, int) or size < 1:
-                raise fail(name, repr(size), "a positive integer", "see the paper's default")
         if not 0 < dt_min <= dt_max:
             raise fail("dt_min", dt_min, f"0 < dt_min <= dt_max = {dt_max}", "order the two")
         inner, rank = expand * hidden_size, int(rank)

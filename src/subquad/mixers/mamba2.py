@@ -55,7 +55,14 @@ class Mamba2(Mixer):
         bias: bool = False,
         norm_eps: float = 1e-5,
     ) -> None:
-        super().__init__(hidden_size)
+        super().__init__(
+            hidden_size,
+            expand=expand,
+            head_dim=head_dim,
+            state_size=state_size,
+            num_groups=num_groups,
+            conv_width=conv_width,
+        )
         inner = expand * hidden_size
         self.num_heads = divide(inner, head_dim, "expand * hidden_size", "head_dim")
         divide(self.num_heads, num_groups, "the number of heads", "num_groups")

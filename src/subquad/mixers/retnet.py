@@ -42,14 +42,12 @@ class RetNet(Mixer):
         value_expand: int = 2,
         norm_eps: float = 1e-5,
     ) -> None:
-        super().__init__(hidden_size)
+        super().__init__(hidden_size, num_heads=num_heads, value_expand=value_expand)
         self.num_heads = num_heads
         self.head_dim = divide(hidden_size, num_heads, "hidden_size", "num_heads")
         if self.head_dim % 2:
             got = f"{num_heads}, so heads of {self.head_dim}"
             raise fail("num_heads", got, "heads of an even size, to rotate in pairs", "change it")
-        if value_expand < 1:
-            raise fail("value_expand", value_expand, "at least 1", "pass a positive integer")
         self.value_dim = value_expand * hidden_size
         self.in_proj = nn.Linear(hidden_size, 2 * (hidden_size + self.value_dim), bias=False)
         self.norm = NormThenGate(self.value_dim // num_heads, norm_eps, affine=False)

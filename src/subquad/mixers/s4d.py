@@ -49,7 +49,7 @@ class S4D(Mixer):
         dt_min: float = 1e-3,
         dt_max: float = 0.1,
     ) -> None:
-        super().__init__(hidden_size)
+        super().__init__(hidden_size, state_size=state_size)
         if not 0 < dt_min <= dt_max:
             raise fail("dt_min", dt_min, f"0 < dt_min <= dt_max = {dt_max}", "order the two")
         self.steps = (dt_min, dt_max)

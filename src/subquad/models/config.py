@@ -66,6 +66,7 @@ class SubquadConfig(PreTrainedConfig):
         own = list(SubquadConfig.__annotations__)
         for name in kwargs:
             _refuse_misspelling(name, own)
+            _refuse_mixer_option(name, self.mixer)
         if self.layers is not None:
             if not isinstance(self.layers, list | tuple) or not self.layers:
                 raise fail(
@@ -191,6 +192,13 @@ def _check_choice(name: str, value: object, choices: Iterable[str], hint: str = 
     if hint:
         fix += f"; {hint}"
     raise fail(name, repr(value), f"one of {', '.join(choices) or 'nothing (it takes none)'}", fix)
+
+
+def _refuse_mixer_option(name: str, mixer: str) -> None:
+    """What a row's constructor takes does nothing here: transformers would only store it."""
+    if any(name in mixer_option_names(row) for row in MIXERS):
+        fix = f"write mixer_options={{{mixer!r}: {{{name!r}: ...}}}}"
+        raise fail(name, "an option of mixers", "options of the model", fix)
 
 
 def _refuse_misspelling(name: str, own: list[str]) -> None:

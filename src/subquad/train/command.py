@@ -6,6 +6,8 @@ from typing import Any
 
 from rich.console import Console
 
+from subquad.models import SubquadConfig
+from subquad.recurrence.validate import fail
 from subquad.train.config import TrainConfig
 from subquad.train.loop import TrainResult, train
 from subquad.train.progress import show_progress
@@ -51,6 +53,10 @@ def settle(
         target, *rest = name.split(".", 1)
         if rest and target != "model":
             raise ValueError(f"--set: got {setting!r}; only names after `model.` have a dot")
+        if rest and not hasattr(SubquadConfig(), rest[0]):
+            raise fail(
+                f"--set model.{rest[0]}", "no such field", "one of SubquadConfig", "look it up"
+            )
         if rest:
             keywords[rest[0]] = value
         else:
