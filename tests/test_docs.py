@@ -138,10 +138,16 @@ def readme_rows() -> str:
     return "\n".join(lines) + "\n"
 
 
+def cpu_results() -> str:
+    """What benchmarks/cpu.py last measured."""
+    return (DOCS / "results" / "cpu.md").read_text(encoding="utf-8")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "rows_that_run": rows_that_run,
     "rows_to_come": rows_to_come,
     "readme_rows": readme_rows,
+    "cpu_results": cpu_results,
 }
 
 
