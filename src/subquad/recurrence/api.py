@@ -23,7 +23,7 @@ from subquad.recurrence.validate import (
 )
 
 IMPLS = ("reference", "torch", "numba", "triton")
-CHUNK = 64  # the fastest of 16..256 on the CPU at head sizes 64-256, see docs/results/cpu.md
+CHUNK = 64  # on the CPU 32 is slower and 128 no faster, at heads of 64 to 384, both passes
 
 
 def linear_recurrence(
