@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.mixers.base import Mixer, State, check_positive_integers, divide
+from subquad.mixers.growing import append
 from subquad.mixers.rotary import angles, positions, rotate_halves
 from subquad.recurrence.validate import check_shape, fail
 
@@ -96,8 +97,8 @@ class SoftmaxAttention(Mixer):
         """Rows that each have T new tokens: outputs, and the keys and values to remember."""
         B, T = q.shape[:2]
         fresh = not past
-        keys = k.contiguous() if fresh else torch.cat((past["keys"], k), dim=1)
-        values = v.contiguous() if fresh else torch.cat((past["values"], v), dim=1)
+        keys = k.contiguous() if fresh else append(past["keys"], k)
+        values = v.contiguous() if fresh else append(past["values"], v)
         if fresh and (self.window is None or self.window >= T):
             o = _sdpa(q, keys, values, is_causal=True)
         elif T == 1 and B == 1:  # one row has no empty slots, and one query sees all of them

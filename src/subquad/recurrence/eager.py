@@ -16,15 +16,19 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def can_call_compiled_code(tensors: Iterable[Tensor]) -> bool:
     """True for plain float32 CPU tensors of which nobody records a gradient or a graph."""
+    tensors = tuple(tensors)
+    return all(t.dtype == torch.float32 and t.is_cpu for t in tensors) and is_plain(tensors)
+
+
+def is_plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether their memory may be read and written behind torch's back.
+
+    Not where somebody records a gradient or a graph, nor for fake, functional or wrapped tensors.
+    """
     if torch.compiler.is_compiling() or _is_transformed():
         return False
     grad = torch.is_grad_enabled()
-    for t in tensors:
-        if type(t) not in _PLAIN:  # a fake, functional or wrapped tensor
-            return False
-        if t.dtype != torch.float32 or not t.is_cpu or (grad and t.requires_grad):
-            return False
-    return True
+    return all(type(t) in _PLAIN and not (grad and t.requires_grad) for t in tensors)
 
 
 def _is_transformed() -> bool:
