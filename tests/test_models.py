@@ -351,6 +351,14 @@ def test_bad_calls(ids) -> None:
     cases = [
         ({}, r"input_ids, inputs_embeds: got neither"),
         ({"input_ids": ids[:, :0]}, r"input_ids: got shape \(2, 0\)"),
+        ({"input_ids": ids[0]}, r"input_ids: got shape \(17,\); expected \[B, T\]"),
+        ({"input_ids": ids.float()}, r"input_ids: got torch.float32"),
+        ({"input_ids": ids.tolist()}, r"input_ids: got list"),
+        ({"input_ids": ids - ids.max() - 1}, r"input_ids: got token -\d+; expected tokens from 0"),
+        ({"input_ids": ids + model.config.vocab_size}, r"input_ids: got token \d+; expected tok"),
+        ({"input_ids": ids, "labels": ids[:, 1:]}, r"labels: got shape \(2, 16\)"),
+        ({"input_ids": ids, "labels": ids.float()}, r"labels: got torch.float32"),
+        ({"input_ids": ids, "labels": ids * 0 - 1}, r"labels: got token -1; expected .*-100"),
         ({"input_ids": ids, "attention_mask": ones[None, None]}, r"attention_mask.*cu_seqlens"),
         (
             {"input_ids": ids, "attention_mask": ones[:, :-1]},

@@ -16,6 +16,7 @@ from subquad.models.block import Block, normed
 from subquad.models.cache import SubquadCache
 from subquad.models.config import SubquadConfig
 from subquad.models.packing import Packing, pack, pack_given
+from subquad.models.tokens import check_labels, embed
 from subquad.recurrence.validate import fail
 
 
@@ -129,7 +130,9 @@ class SubquadModel(SubquadPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             got = "both" if input_ids is not None else "neither"
             raise fail("input_ids, inputs_embeds", got, "exactly one of the two", "leave one out")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = inputs_embeds
+        if x is None:
+            x = embed(self.embed_tokens, input_ids, self.config.vocab_size)
         if x.ndim != 3 or x.shape[1] == 0:
             raise fail(
                 "input_ids" if inputs_embeds is None else "inputs_embeds",
@@ -223,6 +226,7 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, last])
         loss = None
         if labels is not None:
+            check_labels(labels, logits.shape[:-1], self.config.vocab_size)
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
