@@ -351,6 +351,8 @@ def test_bad_calls(ids) -> None:
     cases = [
         ({}, r"input_ids, inputs_embeds: got neither"),
         ({"input_ids": ids[:, :0]}, r"input_ids: got shape \(2, 0\)"),
+        ({"inputs_embeds": torch.randn(2, 17, 3)}, r"inputs_embeds: got shape \(2, 17, 3\)"),
+        ({"inputs_embeds": ids}, r"inputs_embeds: got shape \(2, 17\)"),
         ({"input_ids": ids[0]}, r"input_ids: got shape \(17,\); expected \[B, T\]"),
         ({"input_ids": ids.float()}, r"input_ids: got torch.float32"),
         ({"input_ids": ids.tolist()}, r"input_ids: got list"),

@@ -17,7 +17,7 @@ from subquad.models.cache import SubquadCache
 from subquad.models.config import SubquadConfig
 from subquad.models.packing import Packing, pack, pack_given
 from subquad.models.tokens import check_labels, embed
-from subquad.recurrence.validate import fail
+from subquad.recurrence.validate import check_tensor, fail
 
 
 class SubquadPreTrainedModel(PreTrainedModel):
@@ -130,12 +130,17 @@ class SubquadModel(SubquadPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             got = "both" if input_ids is not None else "neither"
             raise fail("input_ids, inputs_embeds", got, "exactly one of the two", "leave one out")
-        x = inputs_embeds
-        if x is None:
-            x = embed(self.embed_tokens, input_ids, self.config.vocab_size)
-        if x.ndim != 3 or x.shape[1] == 0:
+        if inputs_embeds is None:
+            name, x = "input_ids", embed(self.embed_tokens, input_ids, self.config.vocab_size)
+        else:
+            name, layout = "inputs_embeds", f"[B, T, {self.config.hidden_size}]"
+            x = check_tensor(name, inputs_embeds, 3, layout)
+            if x.shape[2] != self.config.hidden_size:
+                fix = "they go where the model's own embeddings of its tokens would"
+                raise fail(name, f"shape {tuple(x.shape)}", layout, fix)
+        if x.shape[1] == 0:
             raise fail(
-                "input_ids" if inputs_embeds is None else "inputs_embeds",
+                name,
                 f"shape {tuple(x.shape[:2])}",
                 "[B, T] with T >= 1",
                 "with a cache that holds the past, give the tokens after it; to generate(), the "
