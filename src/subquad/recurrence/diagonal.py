@@ -185,7 +185,7 @@ def _check(
 ) -> int:
     """Raise ValueError for arguments that do not fit; return the number of sequences."""
     Bt, T, channels = check_tensor("x", x, 3, "[Bt,T,D]").shape
-    if min(Bt, T, channels) < 1:
+    if 0 in (Bt, T, channels):
         raise fail("x", f"shape {tuple(x.shape)}", "Bt, T and D >= 1", "skip the call")
     check_shape("dt", check_tensor("dt", dt, 3, "[Bt,T,D]", x), (Bt, T, channels), "[Bt,T,D]")
     N = check_tensor("A", A, 2, "[D,N]", x).shape[1]

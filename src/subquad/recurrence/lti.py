@@ -205,7 +205,7 @@ def _check(
 ) -> None:
     """Raise ValueError for arguments that do not fit."""
     Bt, T, channels = check_tensor("u", u, 3, "[Bt,T,D]").shape
-    if min(Bt, T, channels) < 1:
+    if 0 in (Bt, T, channels):
         raise fail("u", f"shape {tuple(u.shape)}", "Bt, T and D >= 1", "skip the call")
     _check_complex("log_A_bar", log_A_bar, 2, "[D,N]", u)
     shape = (channels, log_A_bar.shape[1])
