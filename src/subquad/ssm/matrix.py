@@ -1,0 +1,228 @@
+"""The three shapes a state matrix A [...,N,N] comes in, and what is cheap in each.
+
+    Dense       any matrix                            products N^2, inverses N^3
+    Diagonal    diag(lam)                             both N
+    DPLR        diag(lam) - p q^*, of low rank r      both N r
+
+A step of the Euler and bilinear methods needs inverses, products and sums with the identity, and
+all three shapes are closed under these: a diagonal plus low-rank system stays one when discretised.
+Only the exponential (zero-order hold) leaves DPLR.
+
+    ... any batch   N state size   r rank   k columns
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from subquad.recurrence.validate import fail
+
+
+def adjoint(x: Tensor) -> Tensor:
+    """x^*: transposed and conjugated."""
+    return x.mT.conj()
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """A matrix that is all there: `matrix` [...,N,N]."""
+
+    matrix: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.matrix,)
+
+    @property
+    def batch(self) -> torch.Size:
+        return self.matrix.shape[:-2]
+
+    @property
+    def size(self) -> int:
+        return self.matrix.shape[-1]
+
+    @property
+    def mT(self) -> Dense:
+        return Dense(self.matrix.mT)
+
+    def dense(self) -> Tensor:
+        return self.matrix
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """A x for columns x [...,N,k]."""
+        return self.matrix @ x
+
+    def square(self) -> Dense:
+        return Dense(self.matrix @ self.matrix)
+
+    def affine(self, scale: Tensor | float, shift: Tensor | float) -> Dense:
+        """scale A + shift I, for numbers or one number a batch entry [...]."""
+        eye = torch.eye(self.size, dtype=self.matrix.dtype, device=self.matrix.device)
+        return Dense(_column(scale, 2) * self.matrix + _column(shift, 2) * eye)
+
+    def solve(self, x: Tensor) -> Tensor:
+        """A^-1 x."""
+        return torch.linalg.solve_ex(self.matrix, x)[0]
+
+    def inverse(self) -> Dense:
+        return Dense(torch.linalg.inv_ex(self.matrix)[0])
+
+    def is_singular(self) -> bool:
+        """Whether solving would lose all digits: a condition number beyond 1/eps."""
+        with torch.no_grad():
+            inverse, info = torch.linalg.inv_ex(self.matrix)
+            if bool((info != 0).any()):
+                return True
+            condition = _one_norm(self.matrix) * _one_norm(inverse)
+            return not bool((condition < 1 / torch.finfo(self.matrix.dtype).eps).all())
+
+    def eigenvalues(self) -> Tensor:
+        return torch.linalg.eigvals(self.matrix)
+
+
+@dataclass(frozen=True, eq=False)
+class Diagonal:
+    """diag(lam): a state whose numbers do not meet. `lam` [...,N], real or complex."""
+
+    lam: Tensor
+
+    def __post_init__(self) -> None:
+        check_parameter("lam", self.lam, 1, "[...,N]")
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.lam,)
+
+    @property
+    def batch(self) -> torch.Size:
+        return self.lam.shape[:-1]
+
+    @property
+    def size(self) -> int:
+        return self.lam.shape[-1]
+
+    @property
+    def mT(self) -> Diagonal:
+        return self
+
+    def dense(self) -> Tensor:
+        return torch.diag_embed(self.lam)
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        return self.lam[..., None] * x
+
+    def square(self) -> Diagonal:
+        return Diagonal(self.lam.square())
+
+    def affine(self, scale: Tensor | float, shift: Tensor | float) -> Diagonal:
+        return Diagonal(_column(scale, 1) * self.lam + _column(shift, 1))
+
+    def solve(self, x: Tensor) -> Tensor:
+        return x / self.lam[..., None]
+
+    def inverse(self) -> Diagonal:
+        return Diagonal(1 / self.lam)
+
+    def is_singular(self) -> bool:
+        return bool((self.lam.abs() < torch.finfo(self.lam.dtype).eps).any())
+
+    def eigenvalues(self) -> Tensor:
+        return self.lam
+
+
+@dataclass(frozen=True, eq=False)
+class DPLR:
+    """diag(lam) - p q^*, diagonal plus low rank: S4's matrix (Gu et al. 2022, arXiv:2111.00396).
+
+    Args:
+        lam: [...,N], real or complex.
+        p, q: [...,N,r]; q is conjugated and transposed in the product. A vector is [...,N,1].
+    """
+
+    lam: Tensor
+    p: Tensor
+    q: Tensor
+
+    def __post_init__(self) -> None:
+        N = check_parameter("lam", self.lam, 1, "[...,N]").shape[-1]
+        for name, x in (("p", self.p), ("q", self.q)):
+            check_parameter(name, x, 2, "[...,N,r]")
+            if x.shape[-2] != N or x.shape[-1] != self.p.shape[-1]:
+                want = f"[...,{N},{self.p.shape[-1]}]"
+                raise fail(
+                    name, f"shape {tuple(x.shape)}", want, "a vector is a column, x[:, None]"
+                )
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.lam, self.p, self.q)
+
+    @property
+    def batch(self) -> torch.Size:
+        return torch.broadcast_shapes(self.lam.shape[:-1], self.p.shape[:-2], self.q.shape[:-2])
+
+    @property
+    def size(self) -> int:
+        return self.lam.shape[-1]
+
+    @property
+    def mT(self) -> DPLR:
+        return DPLR(self.lam, self.q.conj(), self.p.conj())
+
+    def dense(self) -> Tensor:
+        return torch.diag_embed(self.lam) - self.p @ adjoint(self.q)
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        return self.lam[..., None] * x - self.p @ (adjoint(self.q) @ x)
+
+    def affine(self, scale: Tensor | float, shift: Tensor | float) -> DPLR:
+        lam = _column(scale, 1) * self.lam + _column(shift, 1)
+        return DPLR(lam, _column(scale, 2) * self.p, self.q)
+
+    def solve(self, x: Tensor) -> Tensor:
+        return self.inverse() @ x
+
+    def inverse(self) -> DPLR:
+        """(L - p q^*)^-1 = L^-1 + L^-1 p (1 - q^* L^-1 p)^-1 q^* L^-1 (Woodbury)."""
+        p = self.p / self.lam[..., None]
+        core = self._core()
+        p = torch.linalg.solve_ex(core, p, left=False)[0]
+        return DPLR(1 / self.lam, -p, self.q / self.lam.conj()[..., None])
+
+    def is_singular(self) -> bool:
+        return Diagonal(self.lam).is_singular() or Dense(self._core()).is_singular()
+
+    def eigenvalues(self) -> Tensor:
+        return torch.linalg.eigvals(self.dense())
+
+    def _core(self) -> Tensor:
+        """1 - q^* L^-1 p [...,r,r]: singular exactly if the whole matrix is, L being regular."""
+        product = adjoint(self.q) @ (self.p / self.lam[..., None])
+        return torch.eye(product.shape[-1], dtype=product.dtype, device=product.device) - product
+
+
+StateMatrix: TypeAlias = Dense | Diagonal | DPLR
+
+
+def check_parameter(name: str, x: object, ndim: int, layout: str) -> Tensor:
+    """`x` must be a real or complex tensor of at least `ndim` dimensions, none of them empty."""
+    if not isinstance(x, Tensor):
+        raise fail(name, type(x).__name__, f"a torch tensor {layout}", "torch.as_tensor(...)")
+    if not (x.is_floating_point() or x.is_complex()):
+        raise fail(name, x.dtype, "real or complex floating-point numbers", f"{name}.double()")
+    if x.ndim < ndim or 0 in x.shape:
+        raise fail(name, f"shape {tuple(x.shape)}", layout, "check its layout and sizes")
+    return x
+
+
+def _column(x: Tensor | float, ndim: int) -> Tensor | float:
+    """A number a batch entry [...] made to broadcast against [...,N] or [...,N,N]."""
+    return x[(..., *[None] * ndim)] if isinstance(x, Tensor) else x
+
+
+def _one_norm(x: Tensor) -> Tensor:
+    return x.abs().sum(-2).amax(-1)
