@@ -12,6 +12,7 @@ from torch import Tensor
 from subquad.recurrence import forms, reference
 from subquad.recurrence.eager import can_call_compiled_code
 from subquad.recurrence.explanation import Explanation, tell, watched
+from subquad.recurrence.gpu import can_call_kernels, may_overwrite, records_gradient
 from subquad.recurrence.reference import Delta, Erase, LowRank
 from subquad.recurrence.spec import FORMS, Recurrence
 from subquad.recurrence.validate import (
@@ -23,6 +24,7 @@ from subquad.recurrence.validate import (
 )
 
 IMPLS = ("reference", "torch", "numba", "triton")
+_NUMBERS = (int, float)  # not a union: torch.compile before 2.7 cannot see through that
 CHUNK = 64  # on the CPU neither 32 nor 128 is better for all decays, at heads of 64 to 384
 
 
@@ -68,6 +70,7 @@ def linear_recurrence(
             packed sequences) or "auto". All give the same result.
         impl: "reference" (the recurrent form in float64, the specification), "torch", "numba" (one
             token on the CPU without gradients, for decoding), "triton" (on a GPU) or "auto".
+            One token without gradients has a GPU kernel of its own, also with `erase`.
 
     Returns:
         o [B,T,H,V] in v's dtype, and the final state, like `state`. Both are differentiable. The
@@ -86,6 +89,8 @@ def linear_recurrence(
     plan = _plan(q, k, v, log_decay, erase, bonus, state, cu_seqlens, form, impl)
     if watched():
         tell(_explain(plan, q, v, log_decay, erase, bonus, cu_seqlens))
+    if plan.form == "recurrent" and plan.impl == "triton":
+        return _one_token_gpu(q, k, v, log_decay, erase, bonus, scale, state)
     if plan.impl == "numba":
         return _one_token(q, k, v, log_decay, erase, bonus, scale, state, cu_seqlens)
     with _no_autocast(q.device.type):
@@ -165,6 +170,14 @@ def _plan(
     choose("form", form, ("auto", *FORMS["matrix"]))
     choose("impl", impl, ("auto", *IMPLS))
     T = q.shape[1]
+    if T == 1 and q.is_cuda and impl in ("auto", "triton") and form in ("auto", "recurrent"):
+        given = (q, v, k, log_decay, *_tensors(erase), bonus, state)
+        if can_call_kernels(given) and not records_gradient(given):
+            from subquad.kernels import matrix_step
+
+            if matrix_step.supported(q, *given[1:]) is None:
+                why = matrix_step.describe(q, v, log_decay, len(_tensors(erase)))
+                return _Plan("recurrent", "triton", 1, why)
     if impl == "triton" or (impl == "auto" and q.is_cuda and form in ("auto", "chunked")):
         # Asked only where it may run: the module imports nothing of Triton, but costs a little.
         from subquad.kernels import matrix
@@ -257,6 +270,29 @@ def _run(
     return o.to(v.dtype), final.to(kept)
 
 
+def _one_token_gpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    erase: Erase,
+    bonus: Tensor | None,
+    scale: float | None,
+    state: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Decoding: one launch, in place where the state's owner allows it."""
+    from subquad.kernels import matrix_step
+
+    beta = erase.beta if isinstance(erase, Delta) else None
+    a, b = (erase.a, erase.b) if isinstance(erase, LowRank) else (None, None)
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    given = (q, k, v, log_decay, beta, a, b, bonus, scale, state)
+    if state is not None and may_overwrite(state):
+        return matrix_step.step_(*given), state
+    o, new = matrix_step.step(*given)
+    return o, new
+
+
 def _one_token(
     q: Tensor,
     k: Tensor,
@@ -347,7 +383,7 @@ def _check(
             )
         check_tensor("bonus", bonus, 2, "[H,K]", q)
         check_shape("bonus", bonus, (H, K), "[H,K]")
-    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
+    if scale is not None and not (isinstance(scale, _NUMBERS) and math.isfinite(scale)):
         raise fail("scale", repr(scale), "a finite number, or None for K**-0.5", "pass a float")
     rows, layout = B, "[B,H,K,V]"
     if cu_seqlens is not None:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.recurrence.eager import can_call_compiled_code
+from subquad.recurrence.gpu import can_call_kernels, may_overwrite, records_gradient
 from subquad.recurrence.validate import check_cu_seqlens, check_shape, check_tensor, choose, fail
 
 
@@ -38,12 +39,18 @@ def short_convolution(
 
     Returns:
         y [B,T,D] in x's dtype (sums are float32, or float64 for float64 inputs), and the next
-        state [N,W-1,D] in x's dtype. Gradients flow through both and into `state`.
+        state [N,W-1,D] in x's dtype. Gradients flow through both and into `state`. The GPU
+        kernels have first derivatives only.
 
     Raises:
         ValueError: naming the argument that does not fit, and the fix.
     """
     N = _check(x, weight, bias, activation, state, cu_seqlens)
+    if x.is_cuda and can_call_kernels((x, weight, bias, state)):
+        from subquad.kernels import short_convolution as kernels
+
+        if kernels.supported(x, weight, bias, state) is None:
+            return _on_gpu(N, x, weight, bias, activation == "silu", state, cu_seqlens)
     if state is None:
         state = x.new_zeros(N, weight.shape[1] - 1, x.shape[2])
     silu = activation == "silu"
@@ -61,6 +68,29 @@ def short_convolution(
     convolve = _convolve_cpu if compiled else _convolve
     y = convolve(*inputs, state.to(precise), cu_seqlens, silu)
     return y.to(x.dtype), _next_state(x, state, cu_seqlens)
+
+
+def _on_gpu(
+    N: int,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    from subquad.kernels import short_convolution as kernels
+
+    state = None if state is None else state.to(x.dtype)
+    if x.shape[0] * x.shape[1] == N and not records_gradient((x, weight, bias, state)):
+        if state is not None and may_overwrite(state):
+            return kernels.one_token_(x, weight, bias, state, silu), state
+        y, new = kernels.one_token(x, weight, bias, state, silu)
+        return y, new
+    y = kernels.convolve(x, weight, bias, state, cu_seqlens, silu)
+    if state is None:
+        state = x.new_zeros(N, weight.shape[1] - 1, x.shape[2])
+    return y, _next_state(x, state, cu_seqlens)
 
 
 def _check(

@@ -1,7 +1,8 @@
 """Norms of one token or many: what every layer does beside its recurrence.
 
-They stand with the engines because on the CPU they are compiled like them: around a decoded token
-a layer's norms in PyTorch operations cost more than reading its state.
+They stand with the engines because they are compiled like them: around a decoded token on the CPU
+a layer's norms in PyTorch operations cost more than reading its state, and on a GPU a gated norm
+reads and writes each number four times. The GPU kernels have first derivatives only.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.recurrence.eager import can_call_compiled_code
+from subquad.recurrence.gpu import can_call_kernels
 
 
 def rms_norm(x: Tensor, size: int, weight: Tensor | None, eps: float) -> Tensor:
@@ -45,6 +47,8 @@ def gated_rms_norm(
     """
     if _compiles(x, weight, gate):
         return _compiled(x, size, weight, gate, gate_first, eps, 1.0)
+    if x.is_cuda and _has_kernel(x, size, weight, gate):
+        return _on_gpu(x, size, weight, gate, gate_first, eps, 1.0)
     if gate_first:
         return _plain(x * F.silu(gate), size, weight, eps)
     return _plain(x, size, weight, eps) * F.silu(gate)
@@ -61,6 +65,8 @@ def l2_norm(x: Tensor, size: int, eps: float = 1e-6) -> Tensor:
     """
     if _compiles(x):
         return _compiled(x, size, None, None, False, eps / size, size**-0.5)
+    if x.is_cuda and _has_kernel(x, size):
+        return _on_gpu(x, size, None, None, False, eps / size, size**-0.5)
     x = x.unflatten(-1, (-1, size))
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
@@ -92,4 +98,27 @@ def _compiled(
     from subquad.kernels import norm_cpu  # compiles, and imports numba, when first used
 
     y: Tensor = norm_cpu.norm(x, size, weight, gate, gate_first, eps, scale)
+    return y
+
+
+def _has_kernel(
+    x: Tensor, size: int, weight: Tensor | None = None, gate: Tensor | None = None
+) -> bool:
+    from subquad.kernels import norm
+
+    return can_call_kernels((x, weight, gate)) and norm.supported(x, size, weight, gate) is None
+
+
+def _on_gpu(
+    x: Tensor,
+    size: int,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    gate_first: bool,
+    eps: float,
+    scale: float,
+) -> Tensor:
+    from subquad.kernels import norm
+
+    y: Tensor = norm.norm(x, gate, weight, size, gate_first, eps, scale)
     return y

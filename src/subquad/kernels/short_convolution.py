@@ -1,0 +1,177 @@
+"""The short causal convolution on a GPU, as torch custom ops over Triton kernels.
+
+`convolve` is differentiable in x, weight, bias and state; `one_token` and `one_token_` decode.
+Sums are float32, results in x's dtype. The gradients of weight and bias are summed program by
+program in a fixed order: they repeat to the bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .gpu import reason_to_decline
+
+WIDEST = 8  # taps; the backward pass unrolls their square
+TOKENS, CHANNELS = 32, 64  # a tile
+STEPS = 8  # tiles that a program of the backward pass walks, to write fewer partial sums
+
+
+def supported(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None) -> str | None:
+    """None if the kernels can take these (already validated) tensors, else why not."""
+    if weight.shape[1] > WIDEST:
+        return f"{weight.shape[1]} taps; the Triton kernels take at most {WIDEST}"
+    return reason_to_decline(x, weight, bias, state)
+
+
+@torch.library.custom_op("subquad::convolve", mutates_args=())
+def convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None,
+    cu_seqlens: Tensor | None, silu: bool,
+) -> Tensor:  # fmt: skip
+    """y [B,T,D] of x [B,T,D], weight [D,W], bias [D], state [N,W-1,D], cu_seqlens [N+1]."""
+    from .convolve import forward
+
+    batch, tokens, channels = x.shape
+    x, weight, bias, state = _laid_out(x, weight, bias, state)
+    y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
+    forward[(-(-batch * tokens // TOKENS) * -(-channels // CHANNELS),)](
+        x, weight, *_or(x, bias, state, *_sequences(tokens, cu_seqlens)), y,
+        tokens, batch * tokens, _stride(x), D=channels, W=weight.shape[1], BT=TOKENS, BD=CHANNELS,
+        BIAS=bias is not None, STATE=state is not None, SILU=silu, PACKED=cu_seqlens is not None,
+    )  # fmt: skip
+    return y
+
+
+@convolve.register_fake
+def _(x, weight, bias, state, cu_seqlens, silu):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("subquad::convolve_backward", mutates_args=())
+def convolve_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None,
+    cu_seqlens: Tensor | None, silu: bool, with_state: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, weight, bias (also without one) and state (empty unless with_state)."""
+    from .convolve import backward, backward_state
+
+    (batch, tokens, channels), taps = x.shape, weight.shape[1]
+    (dy,) = _laid_out(dy)
+    x, weight, bias, state = _laid_out(x, weight, bias, state)
+    own, bounds = _sequences(tokens, cu_seqlens)
+    blocks = -(-channels // CHANNELS)
+    pieces = -(-batch * tokens // (TOKENS * STEPS))
+    dx = torch.empty(x.shape, device=x.device, dtype=x.dtype)
+    parts = torch.empty(pieces, taps + 1, channels, device=x.device, dtype=torch.float32)
+    shared = {"D": channels, "W": taps, "BD": CHANNELS, "BIAS": bias is not None, "SILU": silu}
+    shared["PACKED"] = cu_seqlens is not None
+    given = (dy, x, weight, *_or(x, bias, state))
+    backward[(pieces * blocks,)](
+        *given, *_or(x, own, bounds), dx, parts, tokens, batch * tokens, _stride(dy), _stride(x),
+        TAPS=1 << taps.bit_length(), BT=TOKENS, STEPS=STEPS, STATE=state is not None, **shared,
+    )  # fmt: skip
+    sums = parts.sum(0)  # [taps by how far they reach back, then the bias; channels]
+    dweight = sums[:taps].flip(0).t().to(weight.dtype).contiguous()
+    dbias = sums[taps].to(weight.dtype if bias is None else bias.dtype)
+    if not with_state or state is None:
+        return dx, dweight, dbias, x.new_empty(0)
+    dstate = torch.empty(state.shape, device=x.device, dtype=state.dtype)
+    backward_state[(state.shape[0] * blocks,)](
+        *given, *_or(x, bounds), dstate, tokens, state.shape[0], _stride(dy), _stride(x), **shared
+    )
+    return dx, dweight, dbias, dstate
+
+
+@convolve_backward.register_fake
+def _(dy, x, weight, bias, state, cu_seqlens, silu, with_state):
+    dbias = (weight if bias is None else bias).new_empty(weight.shape[0])
+    dstate = state.new_empty(state.shape) if with_state else x.new_empty(0)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dstate
+
+
+def _save(ctx, inputs: tuple, output: Tensor) -> None:
+    *tensors, ctx.silu = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx, dy: Tensor) -> tuple:
+    x, weight, bias, state, cu_seqlens = ctx.saved_tensors
+    with_state = state is not None and ctx.needs_input_grad[3]
+    dx, dweight, dbias, dstate = convolve_backward(
+        dy, x, weight, bias, state, cu_seqlens, ctx.silu, with_state
+    )
+    return (
+        dx, dweight, None if bias is None else dbias, dstate if with_state else None, None, None,
+    )  # fmt: skip
+
+
+convolve.register_autograd(_gradients, setup_context=_save)
+
+
+@torch.library.custom_op("subquad::convolve_one_token", mutates_args=())
+def one_token(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool
+) -> tuple[Tensor, Tensor]:
+    """y and the next state [N,W-1,D], for x [N,1,D] or, packed, [1,N,D]. No gradient."""
+    rows = x.shape[0] * x.shape[1]
+    new = x.new_empty(rows, weight.shape[1] - 1, x.shape[2])
+    return _launch_one_token(x, weight, bias, state, silu, new), new
+
+
+@one_token.register_fake
+def _(x, weight, bias, state, silu):
+    rows = x.shape[0] * x.shape[1]
+    return x.new_empty(x.shape), x.new_empty(rows, weight.shape[1] - 1, x.shape[2])
+
+
+@torch.library.custom_op("subquad::convolve_one_token_", mutates_args=("state",))
+def one_token_(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool) -> Tensor:
+    """`one_token`, the next state written over `state`: contiguous, in x's dtype."""
+    return _launch_one_token(x, weight, bias, state, silu, state)
+
+
+@one_token_.register_fake
+def _(x, weight, bias, state, silu):
+    return x.new_empty(x.shape)
+
+
+def _launch_one_token(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool, new: Tensor
+) -> Tensor:
+    from .convolve import one_token as kernel
+
+    x, weight, bias, state = _laid_out(x, weight, bias, state)
+    y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
+    channels, block = x.shape[2], 256
+    kernel[(x.shape[0] * x.shape[1] * -(-channels // block),)](
+        x, weight, *_or(x, bias, state), y, new, _stride(x), D=channels, W=weight.shape[1],
+        BD=block, BIAS=bias is not None, STATE=state is not None, SILU=silu, num_warps=2,
+    )  # fmt: skip
+    return y
+
+
+def _laid_out(x: Tensor, *others: Tensor | None) -> tuple:
+    """x with adjacent channels and one stride for all its tokens, the others contiguous."""
+    flat = x.shape[0] == 1 or x.shape[1] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    x = x if x.stride(2) == 1 and flat else x.contiguous()
+    return x, *(None if other is None else other.contiguous() for other in others)
+
+
+def _stride(x: Tensor) -> int:
+    """From one token to the next, of this row or the next row."""
+    return x.stride(0) if x.shape[1] == 1 else x.stride(1)
+
+
+def _or(absent: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Each tensor, or for None a valid pointer that the kernel never follows."""
+    return tuple(absent if t is None else t for t in tensors)
+
+
+def _sequences(tokens: int, cu_seqlens: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The number of each packed token's sequence, and the sequences' bounds."""
+    if cu_seqlens is None:
+        return None, None
+    bounds = cu_seqlens.contiguous()
+    index = torch.arange(tokens, device=bounds.device, dtype=bounds.dtype)
+    return torch.searchsorted(bounds[1:], index, right=True, out_int32=True), bounds

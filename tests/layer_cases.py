@@ -1,0 +1,193 @@
+"""Work for the GPU kernels beside the scan, shared by the interpreter's tests and the device's.
+
+One decoded token of the matrix recurrence, the short convolution, gated norms: inputs, what the
+kernels make of them, and what PyTorch does (in float64 that is the truth).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from subquad.kernels import matrix_step, norm, short_convolution
+from subquad.recurrence import reference
+from subquad.recurrence.convolution import _convolve
+from subquad.recurrence.norm import _plain
+
+Run = Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass
+class Work:
+    ours: Run
+    torch_form: Run  # in the precision of what it gets, but float32 sums where the library promises
+    inputs: dict[str, Tensor | None]
+    keep: tuple[str, ...] = field(default=())  # inputs that are float32 whatever the others are
+
+    def results(self, run: Run, device: str, dtype: torch.dtype, wide: bool = False) -> dict:
+        """Outputs and gradients of `run` on inputs rounded to dtype; wide: computed in float64."""
+        leaves: dict[str, Tensor | None] = {}
+        for name, x in self.inputs.items():
+            if x is not None:
+                x = (x if name in self.keep else x.to(dtype)).to(device)
+                x = (x.double() if wide else x).requires_grad_()
+            leaves[name] = x
+        outputs = run(**leaves)
+        found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+        if outputs[0].requires_grad:
+            torch.manual_seed(1)
+            dy = torch.randn(outputs[0].shape).to(dtype).to(outputs[0])
+            given = {name: x for name, x in leaves.items() if x is not None}
+            grads = torch.autograd.grad(outputs[0], list(given.values()), dy)
+            found |= {f"d{name}": g for name, g in zip(given, grads)}
+        return found
+
+
+def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    """Relative error of each result; NaN stays NaN."""
+    return {
+        name: ((x.double() - truth[name]).norm() / truth[name].norm()).item()
+        for name, x in found.items()
+    }
+
+
+def _strided(*shape: int) -> Tensor:
+    """Random numbers whose rows lie apart, as the parts of a projection do."""
+    return torch.randn(*shape[:-1], shape[-1] + 16)[..., : shape[-1]]
+
+
+# ---- one decoded token
+
+GATES = ("none", "[H]", "[H,K]", "[B,T,H]", "[B,T,H,K]")
+EXTRAS = ("none", "delta", "low rank", "bonus")
+
+
+def token(
+    gate: str = "none", extra: str = "none", B: int = 2, H: int = 4, Hk: int = 2, K: int = 20,
+    V: int = 40, state: bool = True, in_place: bool = False,
+) -> Work:  # fmt: skip
+    torch.manual_seed(0)
+    shapes = {"[H]": (H,), "[H,K]": (H, K), "[B,T,H]": (B, 1, H), "[B,T,H,K]": (B, 1, H, K)}
+    a, b = torch.randn(2, B, 1, H, K).unbind(0)
+    inputs = {
+        "q": _strided(B, 1, Hk, K), "k": _strided(B, 1, Hk, K), "v": _strided(B, 1, H, V),
+        "log_decay": None if gate == "none" else -3 * torch.rand(shapes[gate]) ** 2,
+        "beta": torch.rand(B, 1, H) if extra == "delta" else None,
+        "a": a / K if extra == "low rank" else None, "b": b if extra == "low rank" else None,
+        "bonus": torch.randn(H, K) if extra == "bonus" else None,
+        "state": torch.randn(B, H, K, V) if state else None,
+    }  # fmt: skip
+
+    def ours(state, **given):
+        with torch.no_grad():
+            if in_place:
+                new = state.clone()
+                return matrix_step.step_(**given, scale=0.3, state=new), new
+            return matrix_step.step(**given, scale=0.3, state=state)
+
+    @torch.no_grad()
+    def torch_form(q, k, v, log_decay, beta, a, b, bonus, state):
+        kept = torch.float64 if v.dtype == torch.float64 else torch.float32
+        given = [None if x is None else x.to(kept) for x in (q, k, v, log_decay, bonus, state)]
+        erase = None if beta is None else reference.Delta(beta.to(kept))
+        if a is not None:
+            erase = reference.LowRank(a.to(kept), b.to(kept))
+        if state is None:
+            given[5] = v.new_zeros(B, H, K, V, dtype=kept)
+        o, final = reference.loop(given[0] * 0.3, *given[1:4], erase, *given[4:], None)
+        return o.to(v.dtype), final
+
+    return Work(ours, torch_form, inputs, keep=("log_decay", "beta", "bonus", "state"))
+
+
+# ---- the short convolution
+
+
+def convolution(
+    B: int = 2, T: int = 70, D: int = 20, W: int = 4, silu: bool = True, bias: bool = True,
+    state: bool = True, cu_seqlens: tuple[int, ...] | None = None,
+) -> Work:  # fmt: skip
+    torch.manual_seed(0)
+    N = B if cu_seqlens is None else len(cu_seqlens) - 1
+    inputs = {
+        "x": _strided(B, T, D), "weight": torch.randn(D, W),
+        "bias": torch.randn(D) if bias else None,
+        "state": torch.randn(N, W - 1, D) if state and W > 1 else None,
+    }  # fmt: skip
+
+    def bounds(x):
+        if cu_seqlens is None:
+            return None
+        return torch.tensor(cu_seqlens, dtype=torch.int32, device=x.device)
+
+    def ours(x, weight, bias, state):
+        return (short_convolution.convolve(x, weight, bias, state, bounds(x), silu),)
+
+    def torch_form(x, weight, bias, state):
+        kept = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = [None if t is None else t.to(kept) for t in (x, weight, bias, state)]
+        if state is None:
+            wide[3] = x.new_zeros(N, W - 1, D, dtype=kept)
+        return (_convolve(*wide, bounds(x), silu).to(x.dtype),)
+
+    return Work(ours, torch_form, inputs)
+
+
+def convolved_token(
+    N: int = 3, D: int = 300, W: int = 4, packed: bool = False, state: bool = True,
+    in_place: bool = False,
+) -> Work:  # fmt: skip
+    torch.manual_seed(0)
+    x = _strided(*((1, N) if packed else (N, 1)), D)
+    inputs = {
+        "x": x, "weight": torch.randn(D, W), "bias": torch.randn(D),
+        "state": torch.randn(N, W - 1, D) if state else None,
+    }  # fmt: skip
+
+    @torch.no_grad()
+    def ours(x, weight, bias, state):
+        if in_place:
+            new = state.clone()
+            return short_convolution.one_token_(x, weight, bias, new, True), new
+        return short_convolution.one_token(x, weight, bias, state, True)
+
+    @torch.no_grad()
+    def torch_form(x, weight, bias, state):
+        if state is None:
+            state = x.new_zeros(N, W - 1, D)
+        kept = torch.float64 if x.dtype == torch.float64 else torch.float32
+        rows = x.view(N, 1, D)
+        y = _convolve(*(t.to(kept) for t in (rows, weight, bias, state)), None, True)
+        return y.to(x.dtype).view_as(x), torch.cat([state, rows], 1)[:, 1:]
+
+    return Work(ours, torch_form, inputs)
+
+
+# ---- norms
+
+
+def gated_norm(
+    shape: tuple[int, ...] = (2, 9, 40), size: int = 20, weight: str | None = "shared",
+    order: str | None = "norm first",
+) -> Work:  # fmt: skip
+    torch.manual_seed(0)
+    width = {None: 0, "shared": size, "own": shape[-1]}[weight]
+    inputs = {
+        "x": _strided(*shape), "gate": _strided(*shape) if order else None,
+        "weight": torch.randn(width) if weight else None,
+    }  # fmt: skip
+
+    def ours(x, gate, weight):
+        return (norm.norm(x, gate, weight, size, order == "gate first", 1e-5, 0.7),)
+
+    def torch_form(x, gate, weight):
+        if order == "gate first":
+            return (_plain(x * F.silu(gate), size, weight, 1e-5) * 0.7,)
+        y = _plain(x, size, weight, 1e-5) * 0.7
+        return (y if gate is None else y * F.silu(gate),)
+
+    return Work(ours, torch_form, inputs)

@@ -1,0 +1,155 @@
+"""The GPU kernels beside the scan on a CUDA device (`pytest -m gpu`), against float64 there.
+
+Allowed: twice the error of the same work in PyTorch on the same inputs, or one rounding unit of
+the dtype where PyTorch happens to be closer; 1e-5 in float32.
+"""
+
+import pytest
+import torch
+
+import subquad
+from layer_cases import EXTRAS, GATES, convolution, convolved_token, errors, gated_norm, token
+from subquad.kernels import matrix_step, norm, short_convolution
+from subquad.recurrence.gpu import overwriting_states
+from subquad.recurrence.norm import gated_rms_norm, l2_norm
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+DTYPES = pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+
+
+def check(work, dtype=BF16) -> None:
+    truth = work.results(work.torch_form, "cuda", dtype, wide=True)
+    ours = errors(work.results(work.ours, "cuda", dtype), truth)
+    theirs = errors(work.results(work.torch_form, "cuda", dtype), truth)
+    unit = 1e-5 if dtype == FP32 else torch.finfo(dtype).eps / 2
+    allowed = {name: max(2 * error, unit) for name, error in theirs.items()}
+    wrong = {n: (e, allowed[n]) for n, e in ours.items() if not e <= allowed[n]}
+    print(" ".join(f"{n} {e:.1e}/{allowed[n]:.1e}" for n, e in ours.items()))
+    assert not wrong, f"(error, allowed): {wrong}"
+
+
+@DTYPES
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("gate", GATES)
+def test_token(gate, extra, dtype):
+    check(token(gate, extra, B=3, H=4, Hk=2, K=64, V=128), dtype)
+
+
+@pytest.mark.parametrize("K, V", [(16, 256), (256, 16), (256, 256), (80, 48), (20, 24), (128, 300)])
+@pytest.mark.parametrize("extra", ["none", "delta"])
+def test_token_sizes(K, V, extra):
+    check(token("[B,T,H]", extra, K=K, V=V))
+    check(token("[B,T,H,K]", extra, K=K, V=V, state=False))
+    check(token("[B,T,H,K]", extra, K=K, V=V, in_place=True))
+
+
+@DTYPES
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("state", [True, False])
+def test_convolution(silu, state, dtype):
+    check(convolution(B=3, T=700, D=200, silu=silu, state=state), dtype)
+
+
+@pytest.mark.parametrize("W", [1, 2, 3, 4, 8])
+def test_convolution_taps_and_packing(W):
+    check(convolution(B=1, T=450, D=96, W=W, cu_seqlens=(0, 1, 2, 66, 131, 132, 450)))
+    check(convolution(B=2, T=3, D=96, W=W))
+
+
+@DTYPES
+def test_convolved_token(dtype):
+    check(convolved_token(N=5, D=700), dtype)
+    check(convolved_token(N=5, D=700, packed=True, state=False), dtype)
+    check(convolved_token(N=5, D=700, in_place=True), dtype)
+
+
+@DTYPES
+@pytest.mark.parametrize("order", ["norm first", "gate first", None])
+@pytest.mark.parametrize("weight", ["shared", "own", None])
+def test_norm(order, weight, dtype):
+    check(gated_norm((3, 333, 512), 128, weight, order), dtype)
+
+
+@pytest.mark.parametrize("size", [16, 20, 100, 2048, 3000, 16384])
+def test_norm_sizes(size):
+    check(gated_norm((130, size), size, "own", "gate first"))
+    check(gated_norm((130, size), size, "own", "norm first"))
+
+
+def test_bits_repeat():
+    for work in (convolution(B=4, T=3000, D=300), gated_norm((9000, 512), 64)):
+        first, second = (work.results(work.ours, "cuda", BF16) for _ in range(2))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_offsets_beyond_32_bits():
+    # 2.2e9 numbers: the last rows lie where a 32-bit offset has wrapped round.
+    x = torch.randn(1, 2**20 + 100, 2100, device="cuda", dtype=BF16)
+    weight = torch.randn(2100, 4, device="cuda")
+    y = short_convolution.convolve(x, weight, None, None, None, True)
+    last = short_convolution.convolve(x[:, -50:].clone(), weight, None, None, None, True)
+    assert torch.equal(y[:, -40:], last[:, -40:])
+    del y
+    y = norm.norm(x, None, None, 2100, False, 1e-5, 1.0)
+    assert torch.equal(
+        y[:, -40:], norm.norm(x[:, -40:].clone(), None, None, 2100, False, 1e-5, 1.0)
+    )
+
+
+def test_opcheck():
+    def cuda(work):
+        return [None if x is None else x.cuda() for x in work.inputs.values()]
+
+    q, k, v, g, beta, a, b, bonus, state = cuda(token("[B,T,H]", "delta"))
+    given = (q, k, v, g, beta, a, b, bonus, 0.3, state)
+    torch.library.opcheck(matrix_step.step, given)
+    torch.library.opcheck(matrix_step.step_, given)
+    inputs = cuda(convolved_token())
+    torch.library.opcheck(short_convolution.one_token, (*inputs, True))
+    torch.library.opcheck(short_convolution.one_token_, (*inputs, True))
+    inputs = [x.requires_grad_() for x in cuda(convolution(T=9))]
+    torch.library.opcheck(short_convolution.convolve, (*inputs, None, True))
+    x, gate, weight = (x.requires_grad_() for x in cuda(gated_norm()))
+    torch.library.opcheck(norm.norm, (x, gate, weight, 20, True, 1e-5, 1.0))
+
+
+def layer(q, k, v, log_decay, beta, a, b, bonus, state, weight):
+    """What a gated delta layer calls around one token, by the public functions."""
+    x = torch.cat([q.flatten(2), k.flatten(2)], -1)
+    x, conv = subquad.short_convolution(x, weight, activation="silu")
+    q, k = l2_norm(x, q.shape[-1]).unflatten(-1, (-1, q.shape[-1])).chunk(2, 2)
+    erase = None if beta is None else subquad.Delta(beta)
+    o, new = subquad.linear_recurrence(q, k, v, log_decay, erase, state=state)
+    o = o.flatten(2)
+    return gated_rms_norm(o, o, v.shape[-1], None, 1e-5, gate_first=False), conv, new
+
+
+def test_public_functions_compile_and_tell():
+    inputs = [None if x is None else x.cuda() for x in token("[B,T,H]", "delta").inputs.values()]
+    weight = torch.randn(80, 4, device="cuda")
+    with torch.no_grad(), subquad.watch() as calls:
+        eager = layer(*inputs, weight)
+    assert calls[0].impl == "triton" and calls[0].form == "recurrent"
+    assert "delta rule" in calls[0].why
+    with torch.no_grad():
+        compiled = torch.compile(layer, fullgraph=True)(*inputs, weight)
+    for one, other in zip(compiled, eager):
+        torch.testing.assert_close(one, other)
+    given = {"q": inputs[0], "k": inputs[1], "v": inputs[2], "state": inputs[-1]}
+    given["q"] = given["q"].clone().requires_grad_()
+    assert "scan" in subquad.explain(**given).why  # the step has no gradient
+
+
+def test_states_are_overwritten_only_where_allowed():
+    inputs = token("[B,T,H]").inputs
+    given = {n: inputs[n].cuda() for n in ("q", "k", "v", "log_decay", "state")}
+    before = given["state"].clone()
+    _, new = subquad.linear_recurrence(**given)
+    assert torch.equal(given["state"], before)
+    with overwriting_states():
+        _, same = subquad.linear_recurrence(**given)
+    assert same is given["state"] and torch.equal(same, new)

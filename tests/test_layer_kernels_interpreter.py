@@ -1,0 +1,119 @@
+"""The GPU kernels beside the scan in Triton's interpreter, on a CPU, against PyTorch in float64.
+
+As for the scan, the interpreter is chosen for a whole process, so this file runs itself once as a
+program that works all cases and prints their errors; the tests look at those.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+PACKED = (0, 1, 2, 5, 33, 70)
+
+
+def cases() -> dict[str, tuple[str, dict]]:
+    """A function of layer_cases and its arguments, by name."""
+    found: dict[str, tuple[str, dict]] = {}
+    for gate in ("none", "[H]", "[H,K]", "[B,T,H]", "[B,T,H,K]"):
+        for extra in ("none", "delta", "low rank", "bonus"):
+            found[f"token: gate {gate}, {extra}"] = "token", {"gate": gate, "extra": extra}
+    found["token: no state"] = "token", {"extra": "delta", "state": False}
+    found["token: in place"] = "token", {"gate": "[B,T,H]", "extra": "delta", "in_place": True}
+    found["token: bfloat16"] = "token", {"gate": "[B,T,H]", "K": 64, "V": 33}
+    found["convolution"] = "convolution", {}
+    found["convolution: packed"] = "convolution", {"B": 1, "cu_seqlens": PACKED}
+    found["convolution: packed, no state"] = (
+        "convolution",
+        {"B": 1, "cu_seqlens": PACKED, "state": False},
+    )
+    found["convolution: long"] = "convolution", {"B": 1, "T": 300, "D": 70, "W": 3, "bias": False}
+    found["convolution: linear"] = "convolution", {"silu": False, "state": False}
+    found["convolution: shorter than its taps"] = "convolution", {"T": 2, "W": 8}
+    found["convolution: one token, with gradients"] = "convolution", {"B": 3, "T": 1}
+    found["convolution: one tap"] = "convolution", {"W": 1}
+    found["convolution: bfloat16"] = "convolution", {}
+    found["convolved token"] = "convolved_token", {}
+    found["convolved token: packed"] = "convolved_token", {"packed": True}
+    found["convolved token: no state"] = "convolved_token", {"state": False}
+    found["convolved token: in place"] = "convolved_token", {"in_place": True}
+    for order in ("norm first", "gate first", None):
+        for weight in ("shared", "own", None):
+            arguments = {"order": order, "weight": weight}
+            found[f"norm: {order}, {weight} weight"] = "gated_norm", arguments
+    found["norm: wide"] = "gated_norm", {"shape": (3, 3000), "size": 3000, "order": "gate first"}
+    found["norm: wider"] = "gated_norm", {"shape": (2, 5000), "size": 5000}
+    found["norm: many rows"] = "gated_norm", {"shape": (70, 64), "size": 16}
+    found["norm: bfloat16"] = "gated_norm", {"order": "gate first", "weight": "own"}
+    return found
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, dict[str, float]]:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_equal_to_pytorch(interpreted, name):
+    # The interpreter cuts bfloat16 off where a GPU rounds it: 2**-7 in the last place.
+    allowed = 2**-7 if "bfloat16" in name else 1e-5
+    wrong = {what: error for what, error in interpreted[name].items() if not error <= allowed}
+    assert interpreted[name]
+    assert not wrong, f"relative errors above {allowed}: {wrong}"
+
+
+def test_reasons_to_decline():
+    import torch
+
+    from subquad.kernels import matrix_step, norm, short_convolution
+
+    q, x = torch.zeros(1, 1, 1, 16), torch.zeros(1, 4, 16)
+    assert "CUDA" in matrix_step.supported(q, q, q)
+    assert "256" in matrix_step.supported(q.new_zeros(1, 1, 1, 300))
+    assert "CUDA" in short_convolution.supported(x, x[0].t(), None, None)
+    assert "at most 8" in short_convolution.supported(x, x.new_zeros(16, 9), None, None)
+    assert "CUDA" in norm.supported(x, 16, None, x)
+
+
+def main() -> None:
+    import triton_interpreter  # noqa: F401, I001 - before anything that imports Triton
+    import layer_cases
+    import torch
+    from subquad.kernels import matrix_step, norm, short_convolution
+
+    found = {}
+    for name, (function, arguments) in cases().items():
+        work = getattr(layer_cases, function)(**arguments)
+        dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
+        truth = work.results(work.torch_form, "cpu", dtype, wide=True)
+        found[name] = layer_cases.errors(work.results(work.ours, "cpu", dtype), truth)
+    check(torch, layer_cases, matrix_step, short_convolution, norm)
+    print(json.dumps(found))
+
+
+def check(torch, layer_cases, matrix_step, short_convolution, norm) -> None:
+    """Raise where a fake or a gradient is not as promised."""
+    q, k, v, g, beta, a, b, bonus, state = layer_cases.token("[B,T,H]", "delta").inputs.values()
+    given = (q, k, v, g, beta, a, b, bonus, 0.3, state)
+    torch.library.opcheck(matrix_step.step, given)
+    torch.library.opcheck(matrix_step.step_, given)
+    inputs = layer_cases.convolved_token().inputs.values()
+    torch.library.opcheck(short_convolution.one_token, (*inputs, True))
+    torch.library.opcheck(short_convolution.one_token_, (*inputs, True))
+    inputs = [x.requires_grad_() for x in layer_cases.convolution(T=9).inputs.values()]
+    torch.library.opcheck(short_convolution.convolve, (*inputs, None, True))
+    x, gate, weight = (x.requires_grad_() for x in layer_cases.gated_norm().inputs.values())
+    torch.library.opcheck(norm.norm, (x, gate, weight, 20, True, 1e-5, 1.0))
+
+
+if __name__ == "__main__":
+    main()
