@@ -1,0 +1,63 @@
+"""A row between what a task gives and what it asks.
+
+B sequences   T positions   D hidden channels   n positions that are asked
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from subquad.models import SubquadCache, SubquadConfig, SubquadForCausalLM
+from subquad.tasks.base import Batch, Task
+
+
+class TaskModel(nn.Module):
+    """`SubquadForCausalLM` for tokens; for signals its blocks between two linear maps.
+
+    Args:
+        task: gives the vocabulary or the channels.
+        keywords: of SubquadConfig, without the vocabulary.
+    """
+
+    def __init__(self, task: Task, **keywords: Any) -> None:
+        super().__init__()
+        config = SubquadConfig(vocab_size=max(1, task.vocab_size), **keywords)
+        language = SubquadForCausalLM(config)
+        self.body = language.model
+        self.encoder: nn.Module | None = None
+        self.head: nn.Module = language.lm_head
+        if task.channels:
+            self.encoder = nn.Linear(task.channels, config.hidden_size)
+            self.head = nn.Linear(config.hidden_size, 1)
+            del self.body.embed_tokens  # nothing reads it, so it must not count
+
+    def hidden(self, inputs: Tensor, cache: SubquadCache | None, keep: bool) -> tuple[Tensor, Any]:
+        """The last hidden states [B,T,D] and, with `keep`, the cache to go on from."""
+        given = {"input_ids": inputs}
+        if self.encoder is not None:
+            given = {"inputs_embeds": self.encoder(inputs)}
+        output = self.body(**given, past_key_values=cache, use_cache=keep)
+        return output.last_hidden_state, output.past_key_values
+
+    def answer(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What is said where something is asked, [n,vocabulary] or [n], and what was due, [n]."""
+        asked = batch.asked
+        said = self.head(hidden[asked]).float()
+        if self.encoder is not None:
+            return said[:, 0], batch.labels[asked][:, 0]
+        return said, batch.labels[asked]
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Mean cross entropy (nats) or squared error of a batch's answers."""
+        hidden, _ = self.hidden(batch.inputs, None, keep=False)
+        return losses(*self.answer(hidden, batch)).mean()
+
+
+def losses(said: Tensor, due: Tensor) -> Tensor:
+    """Of each answer [n]: cross entropy in nats for tokens, squared error for numbers."""
+    if due.is_floating_point():
+        return (said - due).square()
+    return F.cross_entropy(said, due, reduction="none")
