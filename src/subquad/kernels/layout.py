@@ -37,7 +37,7 @@ def choose_tiles(contracted: int, dtype: torch.dtype, gate: int) -> Tiles:
     if dtype != torch.bfloat16:  # twice the bytes, and several passes per product
         return Tiles(32, 64, 8 if wide else 4, 1)
     if gate == KEY:
-        return Tiles(32, 64, 8 if wide else 4, 2)
+        return Tiles(32, 64, 8, 2) if wide else Tiles(32, 64, 4, 3)
     return Tiles(64, 64, 8, 1) if wide else Tiles(64, 64, 4, 2)
 
 

@@ -194,9 +194,10 @@ def _scan(
             r, w, x, y if read else absent, partner, gate.values, first, last, fits,
             *(absent if t is None else t
               for t in (bonus, start, finish, totals, ends, reads, dgate, dbonus)),
-            *layout.walk(x), in_all, scale, start_scale, finish_scale,
-            r.stride(1), r.stride(2), w.stride(1), w.stride(2), x.stride(1), x.stride(2),
-            partner.stride(1), partner.stride(2), gate.token, gate.head,
+            *layout.walk(x), in_all, scale, start_scale, finish_scale, 1.0,
+            r.stride(2), w.stride(2), x.stride(2), partner.stride(2), gate.head,
+            r_token=r.stride(1), w_token=w.stride(1), x_token=x.stride(1),
+            partner_token=partner.stride(1), gate_token=gate.token,
             H=heads, R_SHARE=heads // r.shape[2], W_SHARE=heads // w.shape[2],
             X_SHARE=heads // x.shape[2], M=w.shape[-1], N=x.shape[-1], BM=padded(w.shape[-1]),
             BN=tiles.columns, C=tiles.chunk, GATE=gate.kind, FIXED=gate.fixed, OUT=out,
@@ -204,7 +205,7 @@ def _scan(
             FINISH=finish is not None, KEEP_READS=reads is not None and not reverse,
             GATE_GRAD=reads is not None and reverse, FAR=far, PACKED=layout.table is not None,
             PARTS=1 if gate.values.dtype == torch.bfloat16 else 3,
-            DOT=dot, PREC=precision, num_warps=tiles.warps, num_stages=1 if far else tiles.stages,
+            DOT=dot, PREC=precision, STAGES=1 if far else tiles.stages, num_warps=tiles.warps,
         )  # fmt: skip
 
 

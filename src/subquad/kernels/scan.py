@@ -296,15 +296,16 @@ def far_chunk(r, w, x, partner, state, gates, total, PARTS: tl.constexpr,
 def scan(
     r, w, x, y, partner, gate, first, last, fits, bonus, start, finish, totals, ends,
     reads, dgate, dbonus,
-    table, tokens, seg_len, per_row, in_all, y_scale, start_scale, finish_scale,
-    r_token, r_head, w_token, w_head, x_token, x_head, partner_token, partner_head,
-    gate_token, gate_head,
+    table, tokens, seg_len, per_row, in_all, y_scale, start_scale, finish_scale, one,
+    r_head, w_head, x_head, partner_head, gate_head,
+    r_token: tl.constexpr, w_token: tl.constexpr, x_token: tl.constexpr,
+    partner_token: tl.constexpr, gate_token: tl.constexpr,
     H: tl.constexpr, R_SHARE: tl.constexpr, W_SHARE: tl.constexpr, X_SHARE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, FIXED: tl.constexpr, OUT: tl.constexpr, REVERSE: tl.constexpr,
     BONUS: tl.constexpr, READ: tl.constexpr, START: tl.constexpr, FINISH: tl.constexpr,
     KEEP_READS: tl.constexpr, GATE_GRAD: tl.constexpr, FAR: tl.constexpr, PACKED: tl.constexpr,
-    PARTS: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+    PARTS: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One segment, one head, BN output columns. See the module's docstring for the parts.
 
@@ -381,7 +382,7 @@ def scan(
     if GATE == HEAD_FIXED:
         step_gate = tl.maximum(tl.load(gate).to(tl.float32) * LOG2E, FLOOR2)
 
-    for step in range(0, chunks):
+    for step in tl.range(0, chunks, num_stages=STAGES):
         if REVERSE:
             c = chunks - 1 - step
         else:
@@ -459,6 +460,8 @@ def scan(
                 if SLOPES:
                     dots += tl.sum(partner_CN * y_CN, 1)
             state = tl.dot(tl.trans(w_CM), moved, state, input_precision=PREC)
+            if GATE == NONE:
+                state *= one
 
         if READ:
             real = (t[:, None] < count) & (n[None, :] < N)
