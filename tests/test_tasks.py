@@ -426,7 +426,7 @@ def test_listops_trees_branch_as_published():
     """A place is a list with chance 1/4; operators, digits and numbers of arguments are uniform."""
     from subquad.tasks.listops import Forest
 
-    forest = Forest.grow(np.random.default_rng(0), 40_000, 3, 5)
+    forest = Forest.grow(np.random.default_rng(0), 40_000, 3, 5, longest=1000)
     root, second, third = forest.levels
     assert abs((root.operators >= 0).mean() - 0.25) < 0.01
     assert abs((second.operators >= 0).mean() - 0.25) < 0.01
@@ -437,6 +437,13 @@ def test_listops_trees_branch_as_published():
     assert arguments.min() == 2 and abs(chi_square(np.bincount(arguments)[2:])) < 5
     assert abs(chi_square(np.bincount(second.digits))) < 5
     assert forest.lengths.max() <= longest_expression(3, 5) == 37
+
+
+def test_deep_and_wide_listops_stay_within_memory():
+    """Trees of 40 levels with up to 40 arguments would have 5^40 nodes; the short ones exist."""
+    batch = tasks.get("listops", depth=40, arguments=40, shortest=50, longest=200).sample(10)
+    lengths = (batch.inputs != 15).sum(1)
+    assert lengths.min() > 50 and lengths.max() < 200
 
 
 # ---- images and signals

@@ -7,6 +7,7 @@ tree at a time, would starve a GPU.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +25,8 @@ from subquad.tasks.base import (
 OPERATORS = ("MIN", "MAX", "MED", "SM")
 CLOSE, PAD = 14, 15
 _LIST = 0.25  # the chance that a place in a list, or the root, is itself a list
-_TREES = 4096  # grown at once
+_TREES = 4096  # grown at once, or fewer where they may be large
+_NODES = 1 << 22
 _ATTEMPTS = 4000  # batches of trees without enough of the wanted lengths before giving up
 
 
@@ -91,8 +93,9 @@ class ListOps(Task):
 
     def draw(self, random: np.random.Generator, batch_size: int, split: str) -> Batch:
         found: list[tuple[np.ndarray, int]] = []
+        trees = max(64, min(_TREES, _NODES // self.longest))
         for _ in range(_ATTEMPTS):
-            forest = Forest.grow(random, _TREES, self.depth, self.arguments)
+            forest = Forest.grow(random, trees, self.depth, self.arguments, self.longest)
             fits = (forest.lengths > self.shortest) & (forest.lengths < self.longest)
             if fits.any():
                 chosen = forest.only(np.flatnonzero(fits)[: batch_size - len(found)])
@@ -131,28 +134,38 @@ class Forest:
     """Trees level by level. Of each level: the parent of every node (its number within the level
     above), its operator (-1 for a digit) and its digit; siblings stand side by side."""
 
-    def __init__(self, levels: list[Level]) -> None:
+    def __init__(self, levels: list[Level], lengths: np.ndarray | None = None) -> None:
         self.levels = levels
-        self.sizes = self._sizes()
+        self.lengths = self.sizes[0] if lengths is None else lengths
+        """Tokens of every tree; infinite if it was not grown to its end."""
 
     @classmethod
-    def grow(cls, random: np.random.Generator, trees: int, depth: int, arguments: int) -> Forest:
-        """That many random trees."""
+    def grow(
+        cls,
+        random: np.random.Generator,
+        trees: int,
+        depth: int,
+        arguments: int,
+        longest: int,
+    ) -> Forest:
+        """That many random trees. One that would reach `longest` tokens is not wanted and stops
+        growing there, or deep trees of many arguments would fill the memory."""
         levels: list[Level] = []
-        parents = np.arange(trees)
+        parents = owner = np.arange(trees)
+        tokens = np.zeros(trees)
         for level in range(depth):
             nodes = len(parents)
             lists = random.random(nodes) < (_LIST if level < depth - 1 else 0)
             operators = np.where(lists, random.integers(len(OPERATORS), size=nodes), -1)
             levels.append(Level(parents, operators, random.integers(10, size=nodes)))
+            tokens += np.bincount(owner, 1 + lists, minlength=trees)
             children = np.where(lists, random.integers(2, arguments + 1, size=nodes), 0)
+            coming = np.bincount(owner, children, minlength=trees)
+            tokens[tokens + coming >= longest] = np.inf
+            children[np.isinf(tokens)[owner]] = 0
             parents = np.repeat(np.arange(nodes), children)
-        return cls(levels)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of every tree."""
-        return self.sizes[0]
+            owner = owner[parents]
+        return cls(levels, tokens)
 
     def only(self, trees: np.ndarray) -> Forest:
         """These trees alone, in ascending order."""
@@ -164,7 +177,8 @@ class Forest:
             levels.append(level.pick(kept, np.cumsum(above) - 1))
         return Forest(levels)
 
-    def _sizes(self) -> list[np.ndarray]:
+    @cached_property
+    def sizes(self) -> list[np.ndarray]:
         """Tokens of every node's expression, by level."""
         sizes = [np.ones_like(self.levels[-1].digits)]
         for level, below in zip(self.levels[-2::-1], self.levels[:0:-1]):
