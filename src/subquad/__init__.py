@@ -31,7 +31,7 @@ _EXPORTS = {
     "SubquadForCausalLM": "subquad.models",
     "SubquadModel": "subquad.models",
 }
-_SUBMODULES = ("recurrence", "mixers", "models", "tasks", "train", "generate", "arena")
+_SUBMODULES = ("recurrence", "ssm", "mixers", "models", "tasks", "train", "generate", "arena")
 
 __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
 

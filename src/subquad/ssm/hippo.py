@@ -94,8 +94,7 @@ class HiPPO:
 
     def __post_init__(self) -> None:
         choose("measure", self.measure, MEASURES)
-        if not isinstance(self.N, int) or isinstance(self.N, bool) or self.N < 1:
-            raise fail("N", repr(self.N), "a whole number of coefficients, at least 1", "e.g. 64")
+        _check_size(self.N)
         if self.measure == "legs" and self.window is not None:
             raise fail("window", self.window, "None for 'legs'", "leave it out, or take 'legt'")
         if self.measure != "legs" and not (self.window and 0 < self.window < math.inf):
@@ -244,6 +243,7 @@ def _stretch(k: Tensor, N: int) -> tuple[Tensor, Tensor]:
 
 def _roots(N: int) -> Tensor:
     """sqrt(2n+1), [N]."""
+    _check_size(N)
     return (2 * torch.arange(N, dtype=torch.float64) + 1).sqrt()
 
 
@@ -256,6 +256,11 @@ def _signs(N: int) -> Tensor:
     ones = torch.ones(N, N, dtype=torch.float64)
     sign = _alternating(N)
     return torch.tril(ones) + torch.triu(sign[:, None] * sign, 1)
+
+
+def _check_size(N: object) -> None:
+    if not isinstance(N, int) or isinstance(N, bool) or N < 1:
+        raise fail("N", repr(N), "a whole number of coefficients, at least 1", "e.g. 64")
 
 
 def _check_signal(f: Tensor) -> int:

@@ -11,19 +11,7 @@ import torch
 from torch import Tensor
 
 from subquad.recurrence.validate import choose, fail
-
-
-def legs_normal_part(N: int) -> Tensor:
-    """HiPPO-LegS plus its rank-one correction P P^T, P_n = sqrt(n + 1/2): [N,N] float64.
-
-    HiPPO-LegS (Gu et al. 2020): A_nk = -sqrt((2n+1)(2k+1)) below the diagonal, -(n+1) on it. The
-    sum is -I/2 plus a skew-symmetric matrix, hence normal, unlike A itself (Gu et al. 2022, S4).
-    """
-    n = torch.arange(N, dtype=torch.float64)
-    root = (2 * n + 1).sqrt()
-    A = -torch.tril(root[:, None] * root, -1) - torch.diag(n + 1)
-    P = (n + 0.5).sqrt()
-    return A + P[:, None] * P
+from subquad.ssm.nplr import nplr
 
 
 def poles(init: str, N: int) -> Tensor:
@@ -45,6 +33,5 @@ def poles(init: str, N: int) -> Tensor:
     elif init == "inv":
         imaginary = N / math.pi * (N / (2 * n + 1) - 1)
     else:
-        skew = legs_normal_part(N) + 0.5 * torch.eye(N, dtype=torch.float64)
-        imaginary = torch.linalg.eigvalsh(-1j * skew)[N // 2 :]  # Hermitian; +-w in pairs
+        imaginary = nplr("legs", N).lam.imag[N // 2 :]  # +-w in pairs, sorted
     return torch.complex(torch.full_like(n, -0.5), imaginary)

@@ -72,13 +72,13 @@ class Dense:
         return Dense(torch.linalg.inv_ex(self.matrix)[0])
 
     def is_singular(self) -> bool:
-        """Whether solving would lose all digits: a condition number beyond 1/eps."""
+        """Whether solving would lose nearly all digits, A being a sum of I and something."""
         with torch.no_grad():
             inverse, info = torch.linalg.inv_ex(self.matrix)
             if bool((info != 0).any()):
                 return True
-            condition = _one_norm(self.matrix) * _one_norm(inverse)
-            return not bool((condition < 1 / torch.finfo(self.matrix.dtype).eps).all())
+            condition = (1 + _one_norm(self.matrix)) * _one_norm(inverse)
+            return not bool((16 * torch.finfo(self.matrix.dtype).eps * condition < 1).all())
 
     def eigenvalues(self) -> Tensor:
         return torch.linalg.eigvals(self.matrix)
@@ -128,7 +128,7 @@ class Diagonal:
         return Diagonal(1 / self.lam)
 
     def is_singular(self) -> bool:
-        return bool((self.lam.abs() < torch.finfo(self.lam.dtype).eps).any())
+        return bool((self.lam.abs() < 16 * torch.finfo(self.lam.dtype).eps).any())
 
     def eigenvalues(self) -> Tensor:
         return self.lam
@@ -179,6 +179,10 @@ class DPLR:
     def __matmul__(self, x: Tensor) -> Tensor:
         return self.lam[..., None] * x - self.p @ (adjoint(self.q) @ x)
 
+    def square(self) -> Dense:
+        """Dense, for the rank would double."""
+        return Dense(self @ self.dense())
+
     def affine(self, scale: Tensor | float, shift: Tensor | float) -> DPLR:
         lam = _column(scale, 1) * self.lam + _column(shift, 1)
         return DPLR(lam, _column(scale, 2) * self.p, self.q)
@@ -206,6 +210,19 @@ class DPLR:
 
 
 StateMatrix: TypeAlias = Dense | Diagonal | DPLR
+
+
+def cast(A: StateMatrix, dtype: torch.dtype) -> StateMatrix:
+    return type(A)(*(t.to(dtype) for t in A.tensors))
+
+
+def unsqueeze(A: StateMatrix) -> StateMatrix:
+    """A with one more, last batch dimension of size 1: to be met with many points at once."""
+    if isinstance(A, Dense):
+        return Dense(A.matrix[..., None, :, :])
+    if isinstance(A, Diagonal):
+        return Diagonal(A.lam[..., None, :])
+    return DPLR(A.lam[..., None, :], A.p[..., None, :, :], A.q[..., None, :, :])
 
 
 def check_parameter(name: str, x: object, ndim: int, layout: str) -> Tensor:
