@@ -25,9 +25,9 @@ from subquad.arena import (
     write_report,
 )
 from subquad.arena.command import parse_count
+from subquad.arena.drawing import byte_count, count, smooth, spread
 from subquad.arena.equalise import count_parameters
 from subquad.arena.measure import decode_timings, heldout_windows
-from subquad.arena.plots import byte_count, count, smooth, spread
 from subquad.arena.report import command_line
 from subquad.arena.results import RowResult, Shape, Training, difference
 from subquad.cli import app

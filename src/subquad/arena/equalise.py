@@ -1,7 +1,9 @@
 """Give every row the same number of parameters: choose depth, hidden size and MLP width."""
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from subquad.mixers import MIXERS
 from subquad.models import SubquadConfig, SubquadForCausalLM
 
 TOLERANCE = 0.02
+# Where the depth is given, only the width is left to choose, in steps that heads divide.
+GIVEN_DEPTH_TOLERANCE = 0.05
 # Hidden size per layer of the usual proportions. Small models are best somewhat deeper, but on a
 # few CPU cores a layer this small costs more in calls than in arithmetic.
 _ASPECT = 40
@@ -31,7 +35,25 @@ _NARROW_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def equal_shape(row: str, parameters: int, vocab_size: int) -> Shape:
+# At a given depth a row without an MLP has only its width to choose, and heads make that coarse:
+# these options are tried too, in order of preference.
+_FINE: dict[str, list[dict[str, Any]]] = {
+    "mamba2": [
+        {"head_dim": head_dim, "state_size": state_size}
+        for head_dim in (32, 16)
+        for state_size in (72, 64, 80, 56, 88, 48, 96)
+    ]
+}
+
+
+def equal_shape(
+    row: str,
+    parameters: int,
+    vocab_size: int,
+    *,
+    layers: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Shape:
     """The best-proportioned model of `row` with `parameters` trainable parameters, within 2 %.
 
     Counted are all parameters, the embedding (tied to the output) once. Rows with channel mixing of
@@ -39,17 +61,22 @@ def equal_shape(row: str, parameters: int, vocab_size: int) -> Shape:
     2 % the one is taken whose hidden size is nearest to 40 times the depth, its MLP nearest to 8/3
     of the hidden size, and its parameters nearest to those asked for.
 
+    Args:
+        layers: the depth, if it is not to be chosen; then within 5 %.
+        options: of the mixer, over those for narrow models.
+
     Raises:
-        ValueError: the row is unknown, or no shape comes within 2 %.
+        ValueError: the row is unknown, or no shape comes near enough.
     """
     if row not in MIXERS:
         raise ValueError(f"rows: there is no row {row!r}; expected some of {', '.join(MIXERS)}")
+    tolerance = TOLERANCE if layers is None else GIVEN_DEPTH_TOLERANCE
+    search = _Search(row, parameters, vocab_size, layers, dict(options or {}), tolerance)
     found: list[tuple[float, Shape]] = []
     for step in _HIDDEN_STEPS:
-        candidates = _candidates(row, parameters, vocab_size, step)
-        for distance, model in sorted(candidates, key=_distance):
-            shape = _count(row, model, vocab_size)
-            if abs(shape.parameters - parameters) <= TOLERANCE * parameters:
+        for distance, model in sorted(_candidates(search, step), key=_distance):
+            shape = count_shape(row, model, vocab_size)
+            if abs(shape.parameters - parameters) <= tolerance * parameters:
                 found.append((distance, shape))
                 break
         if found and min(found, key=_distance)[0] < _GOOD:
@@ -57,7 +84,7 @@ def equal_shape(row: str, parameters: int, vocab_size: int) -> Shape:
     if found:
         return min(found, key=_distance)[1]
     raise ValueError(
-        f"parameters: {row} has no shape within {TOLERANCE:.0%} of {parameters:,} parameters at a "
+        f"parameters: {row} has no shape within {tolerance:.0%} of {parameters:,} parameters at a "
         f"vocabulary of {vocab_size}; ask for more parameters, or leave the row out"
     )
 
@@ -71,31 +98,55 @@ def _distance(candidate: tuple[float, Any]) -> float:
     return candidate[0]
 
 
-def _count(row: str, model: dict[str, Any], vocab_size: int) -> Shape:
+def count_shape(row: str, model: dict[str, Any], vocab_size: int) -> Shape:
+    """The shape of these keywords of SubquadConfig. ValueError if they do not fit."""
     built = _build(model, vocab_size)
     embedding = built.model.embed_tokens.weight.numel()
     return Shape(row, count_parameters(built), embedding, model)
 
 
-def _candidates(
-    row: str, parameters: int, vocab_size: int, step: int
-) -> Iterator[tuple[float, dict[str, Any]]]:
+@dataclass(frozen=True)
+class _Search:
+    """What a shape is looked for."""
+
+    row: str
+    parameters: int
+    vocab_size: int
+    layers: int | None
+    options: dict[str, Any]
+    tolerance: float
+
+
+def narrow_options(row: str, hidden_size: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """`mixer_options` of a model this wide, as keywords of SubquadConfig; {} for the published."""
+    narrow = _NARROW_OPTIONS.get(row, {}) if hidden_size < _NARROW else {}
+    merged = {**narrow, **options}
+    return {"mixer_options": {row: merged}} if merged else {}
+
+
+def _candidates(search: _Search, step: int) -> Iterator[tuple[float, dict[str, Any]]]:
     """Shapes that should come near, as (distance from the usual proportions, model keywords)."""
+    row, parameters, vocab_size = search.row, search.parameters, search.vocab_size
     mixes_channels = MIXERS[row].has_channel_mixing
     aspect = _ASPECT / 2 if mixes_channels else _ASPECT
     # A layer has about 12 hidden^2 parameters (6 without an MLP) in any row: look around there.
     centre = (parameters * _ASPECT / 12) ** (1 / 3)
+    if search.layers is not None:
+        a, b = 12 * search.layers, vocab_size  # a h^2 + b h, the embedding included
+        centre = ((b * b + 4 * a * parameters) ** 0.5 - b) / (2 * a)
     step *= max(1, round(centre / 400))  # wide models need no finer steps in proportion
-    for hidden in range(step * math.ceil(centre / 2 / step), int(2 * centre) + 1, step):
+    widths = range(step * math.ceil(centre / 2 / step), int(2 * centre) + 1, step)
+    sets = list(enumerate(_option_sets(search)))
+    for hidden, (rank, options) in itertools.product(widths, sets):
         model: dict[str, Any] = {"mixer": row, "hidden_size": hidden}
-        if hidden < _NARROW and row in _NARROW_OPTIONS:
-            model["mixer_options"] = {row: _NARROW_OPTIONS[row]}
+        model |= narrow_options(row, hidden, options)
         try:
             fixed, layer, mlp = _affine_count(model, vocab_size, mixes_channels)
         except ValueError:  # a hidden size that this mixer cannot divide into its heads
             continue
-        for depth in range(1, (parameters - fixed) // layer + 2):
-            shape, width_penalty = model | {"num_hidden_layers": depth}, 0.0
+        depths = range(1, (parameters - fixed) // layer + 2)
+        for depth in depths if search.layers is None else (search.layers,):
+            shape, penalty = model | {"num_hidden_layers": depth}, 0.02 * rank
             count = fixed + depth * layer
             if mlp:
                 width = round((parameters - count) / (depth * mlp) / _MLP_STEP) * _MLP_STEP
@@ -103,11 +154,20 @@ def _candidates(
                     continue
                 count += depth * mlp * width
                 shape |= {"intermediate_size": width}
-                width_penalty = abs(math.log(width / (hidden * _MLP_RATIO)))
+                penalty += abs(math.log(width / (hidden * _MLP_RATIO)))
             error = abs(count - parameters) / parameters
-            if error <= TOLERANCE:
-                proportion = abs(math.log(hidden / (depth * aspect)))
-                yield proportion + width_penalty + 10 * error, shape
+            if search.layers is None:
+                penalty += abs(math.log(hidden / (depth * aspect)))
+            if error <= search.tolerance:
+                yield penalty + 10 * error, shape
+
+
+def _option_sets(search: _Search) -> list[dict[str, Any]]:
+    """The options to try: those that were asked for, and with them the finer steps."""
+    if search.layers is None:
+        return [search.options]
+    fine = [{**options, **search.options} for options in _FINE.get(search.row, [{}])]
+    return [options for i, options in enumerate(fine) if options not in fine[:i]]
 
 
 def _affine_count(

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from subquad.arena.plots import count
+from subquad.arena.drawing import count
 from subquad.arena.results import Plan
 
 _SMOOTHING = 0.9  # of the bits per byte shown: single batches jump

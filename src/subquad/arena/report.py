@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from subquad.arena import plots
+from subquad.arena.drawing import byte_count, count
 from subquad.arena.measure import DECODE_STEPS, DECODE_WARM_UP
 from subquad.arena.results import (
     ArenaConfig,
@@ -35,7 +36,7 @@ def terminal_table(results: ArenaResults) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    contexts = [plots.count(context) for context in results.config.contexts]
+    contexts = [count(context) for context in results.config.contexts]
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column("\nrow", no_wrap=True)
     for header in ("\nparams", "bits/\nbyte", "train\ntok/s"):
@@ -48,11 +49,11 @@ def terminal_table(results: ArenaResults) -> Any:
         quality = f"{result.bits_per_byte:.3f}"
         table.add_row(
             result.row,
-            plots.count(result.shape.parameters),
+            count(result.shape.parameters),
             Text(quality, style="bold" if result.bits_per_byte == best else ""),
-            plots.count(result.training.tokens_per_second),
+            count(result.training.tokens_per_second),
             *(f"{timing.tokens_per_second:,.0f}" for timing in result.decode),
-            *(plots.byte_count(timing.cache_bytes).replace("iB", "") for timing in result.decode),
+            *(byte_count(timing.cache_bytes).replace("iB", "") for timing in result.decode),
         )
     return table
 
@@ -82,18 +83,18 @@ def render_html(results: ArenaResults) -> str:
         title=f"{_NUMBERS[number] if number < len(_NUMBERS) else number} "
         f"sequence mixer{'s' if number != 1 else ''}, one budget",
         config=config,
-        parameters=plots.count(config.parameters),
-        tokens=plots.count(results.plan.steps * first.training.tokens_per_step),
+        parameters=count(config.parameters),
+        tokens=count(results.plan.steps * first.training.tokens_per_step),
         missing=results.missing,
         environment=results.plan.environment,
         findings=_findings(results),
         rows=_page_rows(results),
-        contexts=[plots.count(context) for context in config.contexts],
+        contexts=[count(context) for context in config.contexts],
         plots={name: Markup(svg) for name, svg in drawings.items()},
         smoothing=plots.smoothing_window(results.plan.steps),
         steps=results.plan.steps,
         budgeted=config.steps is None,
-        heldout_tokens=plots.count(len(first.heldout_bits) * config.seq_len),
+        heldout_tokens=count(len(first.heldout_bits) * config.seq_len),
         windows=len(first.heldout_bits),
         decode_warm_up=DECODE_WARM_UP,
         decode_steps=DECODE_STEPS,
@@ -131,9 +132,9 @@ def _page_rows(results: ArenaResults) -> list[dict[str, Any]]:
             "continuation": result.sample,
             "decode": [
                 {
-                    "context": plots.count(timing.context),
+                    "context": count(timing.context),
                     "speed": f"{timing.tokens_per_second:,.0f}",
-                    "cache": plots.byte_count(timing.cache_bytes),
+                    "cache": byte_count(timing.cache_bytes),
                 }
                 for timing in result.decode
             ],
@@ -162,7 +163,7 @@ def _findings(results: ArenaResults) -> list[str]:
     contexts = results.config.contexts
     if len(contexts) < 2:
         return [text]
-    span = f"From {plots.count(contexts[0])} to {plots.count(contexts[-1])} tokens of context"
+    span = f"From {count(contexts[0])} to {count(contexts[-1])} tokens of context"
     flat = [row for row in results.rows if row.decode[0].cache_bytes == row.decode[-1].cache_bytes]
     grown = [row for row in results.rows if row not in flat]
     sentences = [text]

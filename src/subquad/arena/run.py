@@ -10,21 +10,17 @@ What lies where:
 """
 
 import json
-import os
-import platform
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import torch
-import transformers
 
-from subquad import __version__
 from subquad.arena.equalise import equal_shape
+from subquad.arena.folder import begun, describe_machine, refuse_changes
 from subquad.arena.measure import decode_timings, heldout_windows
 from subquad.arena.results import (
     ArenaConfig,
@@ -36,7 +32,6 @@ from subquad.arena.results import (
     write_json,
 )
 from subquad.generate import stream
-from subquad.models.device import pick_device
 from subquad.train import Corpus, TrainConfig, TrainResult, load_corpus, train
 
 Record = dict[str, Any]
@@ -111,7 +106,7 @@ def _make_plan(
     if steps is None:
         left = config.minutes * 60 - (perf_counter() - began) - other_seconds
         steps = max(_LEAST_STEPS, int(left / step_seconds))
-    return Plan(config, describe_machine(config), steps, shapes, decode)
+    return Plan(config, describe_machine(config.device), steps, shapes, decode)
 
 
 def _run_row(
@@ -172,28 +167,13 @@ def _step_seconds(trained: TrainResult) -> list[float]:
 
 def _read_plan(config: ArenaConfig, out: Path) -> Plan | None:
     """The plan of an earlier call in `out`, or None; ValueError if it was another arena's."""
-    file = out / "plan.json"
-    if not file.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"out: {out} is not empty and no arena; give another directory")
+    record = begun(out)
+    if record is None:
         return None
-    plan = Plan.from_json(json.loads(file.read_text(encoding="utf-8")))
-    old, new = asdict(plan.config), asdict(config)
-    changed = [f"{name} was {old[name]}, now {new[name]}" for name in new if new[name] != old[name]]
-    here = describe_machine(config)
+    plan = Plan.from_json(record)
     unfinished = not all((out / row / "result.json").exists() for row in config.rows)
-    if unfinished:  # half of the rows on another machine would be no comparison
-        then = plan.environment
-        changed += [
-            f"{name} was {then[name]}, now {here[name]}"
-            for name in here
-            if name != "date" and here[name] != then[name]
-        ]
-    if changed:
-        raise ValueError(
-            f"out: {out} holds an arena begun otherwise ({'; '.join(changed)}); "
-            "give another directory with --out, or delete this one"
-        )
+    here = describe_machine(config.device) if unfinished else plan.environment
+    refuse_changes(out, asdict(plan.config), asdict(config), plan.environment, here)
     return plan
 
 
@@ -202,29 +182,3 @@ def _read_row(folder: Path) -> RowResult | None:
     if not file.exists():
         return None
     return RowResult.from_json(json.loads(file.read_text(encoding="utf-8")))
-
-
-def describe_machine(config: ArenaConfig) -> dict[str, Any]:
-    """What the speeds depend on, besides the code."""
-    device = pick_device(config.device)
-    return {
-        "subquad": __version__,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "waiting_threads": os.environ.get("OMP_WAIT_POLICY", "not set"),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-    }
-
-
-def _processor() -> str:
-    """The CPU's name; Linux tells it in a file only."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
