@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subquad.recurrence import forms, reference
+from subquad.recurrence import compiled, forms, reference
 from subquad.recurrence.eager import can_call_compiled_code
 from subquad.recurrence.explanation import Explanation, tell, watched
 from subquad.recurrence.gpu import can_call_kernels, may_overwrite, records_gradient
@@ -68,15 +68,16 @@ def linear_recurrence(
             end to end in one row (B = 1). Each has its own state and none sees another.
         form: "recurrent" (token by token), "chunked", "parallel" (all pairs, quadratic; not for
             packed sequences) or "auto". All give the same result.
-        impl: "reference" (the recurrent form in float64, the specification), "torch", "numba" (one
-            token on the CPU without gradients, for decoding), "triton" (on a GPU) or "auto".
+        impl: "reference" (the recurrent form in float64, the specification), "torch", "numba" (on
+            the CPU: chunks with at most a decay a head and a Delta, and one token without
+            gradients, for decoding), "triton" (on a GPU) or "auto".
             One token without gradients has a GPU kernel of its own, also with `erase`.
 
     Returns:
         o [B,T,H,V] in v's dtype, and the final state, like `state`. Both are differentiable. The
         computation is in float32 for float16/bfloat16/float32 inputs, whatever autocast says. The
-        GPU kernels take the operands of products in bfloat16 where the inputs are, and have first
-        derivatives only.
+        GPU kernels take the operands of products in bfloat16 where the inputs are. "numba" and
+        "triton" have first derivatives only; "torch" has all.
 
     Raises:
         ValueError: what is wrong, what was expected and the fix, by the argument's name.
@@ -91,7 +92,7 @@ def linear_recurrence(
         tell(_explain(plan, q, v, log_decay, erase, bonus, cu_seqlens))
     if plan.form == "recurrent" and plan.impl == "triton":
         return _one_token_gpu(q, k, v, log_decay, erase, bonus, scale, state)
-    if plan.impl == "numba":
+    if plan.impl == "numba" and plan.form == "recurrent":
         return _one_token(q, k, v, log_decay, erase, bonus, scale, state, cu_seqlens)
     with _no_autocast(q.device.type):
         return _run(plan, q, k, v, log_decay, erase, bonus, scale, state, cu_seqlens)
@@ -199,14 +200,19 @@ def _plan(
         return _Plan("recurrent", "reference", 1, "the reference is the recurrent form in float64")
     if impl == "numba" or (impl == "auto" and form in ("auto", "recurrent") and T == 1):
         given = (q, k, v, log_decay, *_tensors(erase), bonus, state)
-        compiled = T == 1 and can_call_compiled_code(x for x in given if x is not None)
-        if compiled and form in ("auto", "recurrent"):
+        plain = T == 1 and can_call_compiled_code(x for x in given if x is not None)
+        if plain and form in ("auto", "recurrent"):
             why = "one token and no gradient: one pass over the state in compiled code"
             return _Plan("recurrent", "numba", 1, why)
+    if impl == "numba" or (impl == "auto" and (form == "chunked" or (form == "auto" and T > 1))):
+        reason = compiled.why_not(q, v, log_decay, erase, bonus)
+        if reason is None and form in ("auto", "chunked"):
+            why = f"{T} tokens: compiled code walks over the chunks, their state in cache"
+            return _Plan("chunked", "numba", compiled.CHUNK, why)
         if impl == "numba":
             got = f"'numba' with form={form!r}, T = {T}, {q.dtype} on {q.device}"
-            only = "one float32 token on the CPU, no gradients, form 'recurrent' or 'auto'"
-            raise fail("impl", got, only, "use impl='auto'")
+            only = "form 'chunked', or one float32 token on the CPU without gradients"
+            raise fail("impl", got, f"{only}: {reason}" if reason else only, "use impl='auto'")
     if form == "parallel" and cu_seqlens is not None:
         raise fail(
             "form", "'parallel' with cu_seqlens", "'chunked' or 'recurrent'", "use form='chunked'"
@@ -253,8 +259,14 @@ def _run(
         erase = Delta(erase.beta.to(dtype))
     elif isinstance(erase, LowRank):
         erase = LowRank(erase.a.to(dtype), erase.b.to(dtype))
+    scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+    if plan.impl == "numba":
+        gates = None if log_decay is None else log_decay.to(dtype)
+        given = (q.to(dtype), k.to(dtype), v.to(dtype), gates, erase, scale, state, cu_seqlens)
+        o, final = compiled.chunked(*given)
+        return o.to(v.dtype), final
     arguments = (
-        q.to(dtype) * (q.shape[3] ** -0.5 if scale is None else scale),
+        q.to(dtype) * scale,
         k.to(dtype),
         v.to(dtype),
         None if log_decay is None else log_decay.to(dtype),

@@ -31,6 +31,13 @@ def is_plain(tensors: Iterable[Tensor]) -> bool:
     return all(type(t) in _PLAIN and not (grad and t.requires_grad) for t in tensors)
 
 
+def can_call_operators() -> bool:
+    """Outside forward differentiation and vmap, of which our custom operators know nothing."""
+    if torch.compiler.is_compiling():
+        return True
+    return forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
+
+
 def _is_transformed() -> bool:
     """Within vmap, jvp, tracing or a dispatch mode, which must see every operation."""
     return (

@@ -1,0 +1,139 @@
+"""The compiled chunked form of the CPU as an operator: autograd and `torch.compile` see one node.
+
+First derivatives only, as of every compiled kernel here; `forms.py` has all of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from subquad.recurrence.eager import can_call_operators
+from subquad.recurrence.reference import Delta, Erase, LowRank
+
+CHUNK = 64
+
+
+def why_not(
+    q: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    erase: Erase,
+    bonus: Tensor | None,
+) -> str | None:
+    """What keeps the compiled chunks from serving these arguments; None if nothing does."""
+    if q.device.type != "cpu":
+        return f"compiled chunks run on the CPU, not on {q.device}"
+    if v.dtype == torch.float64:
+        return "compiled chunks compute in float32, not in float64"
+    if log_decay is not None and log_decay.ndim % 2 == 0:
+        return "compiled chunks know one decay a head, not one a key channel"
+    if isinstance(erase, LowRank) or bonus is not None:
+        return f"compiled chunks know no {'bonus' if bonus is not None else 'LowRank'}"
+    if not can_call_operators():
+        return "compiled chunks know neither forward derivatives nor vmap"
+    return None
+
+
+def chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    erase: Erase,
+    scale: float,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`forms.chunked` for what `why_not` allows, in float32; q as it came, not scaled."""
+    beta = erase.beta if isinstance(erase, Delta) else None
+    if log_decay is not None:
+        log_decay = log_decay.expand(v.shape[:3])
+    inputs = (q, k, v, log_decay, beta, state)
+    recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    kept = _most_chunks(q, cu_seqlens) if recorded else 0
+    o, final, _ = _chunked(q, k, v, log_decay, beta, scale, state, cu_seqlens, kept)
+    return o, final
+
+
+def _most_chunks(q: Tensor, cu_seqlens: Tensor | None) -> int:
+    """How many chunks there can be, known from shapes alone: each sequence has one ragged one."""
+    B, T = q.shape[:2]
+    if cu_seqlens is None:
+        return B * -(-T // CHUNK)
+    sequences = cu_seqlens.shape[0] - 1
+    return (T + sequences * (CHUNK - 1)) // CHUNK
+
+
+@torch.library.custom_op("subquad::chunked", mutates_args=(), device_types="cpu")
+def _chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    kept: int,  # chunks whose starting states the backward pass will want; 0 for no such pass
+) -> tuple[Tensor, Tensor, Tensor]:
+    from subquad.kernels import chunked_cpu  # compiles, and imports numba, when first used
+
+    return chunked_cpu.forward(q, k, v, log_decay, beta, scale, state, cu_seqlens, kept)
+
+
+@torch.library.custom_op("subquad::chunked_backward", mutates_args=(), device_types="cpu")
+def _chunked_backward(
+    do: Tensor,
+    dfinal: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    scale: float,
+    starts: Tensor,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from subquad.kernels import chunked_backward_cpu
+
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor] = (
+        chunked_backward_cpu.backward(
+            do, dfinal, q, k, v, log_decay, beta, scale, starts, cu_seqlens
+        )
+    )
+    return gradients
+
+
+@_chunked.register_fake
+def _(q, k, v, log_decay, beta, scale, state, cu_seqlens, kept):  # type: ignore[no-untyped-def]
+    starts = state.new_empty(kept, *state.shape[1:])
+    return v.new_empty(v.shape), state.new_empty(state.shape), starts
+
+
+@_chunked_backward.register_fake
+def _(do, dfinal, q, k, v, log_decay, beta, scale, starts, cu_seqlens):  # type: ignore[no-untyped-def]
+    gates = (v.new_empty(0) if x is None else x.new_empty(x.shape) for x in (log_decay, beta))
+    like = (x.new_empty(x.shape) for x in (q, k, v))
+    return *like, *gates, dfinal.new_empty(dfinal.shape)
+
+
+def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    q, k, v, log_decay, beta, ctx.scale, state, cu_seqlens, _ = inputs
+    ctx.save_for_backward(q, k, v, log_decay, beta, state, output[2], cu_seqlens)
+    ctx.set_materialize_grads(False)  # the starts' would be as large as the starts
+
+
+def _gradients(ctx, do, dfinal, _):  # type: ignore[no-untyped-def]
+    q, k, v, log_decay, beta, state, starts, cu_seqlens = ctx.saved_tensors
+    do = torch.zeros_like(v) if do is None else do
+    dfinal = torch.zeros_like(state) if dfinal is None else dfinal
+    dq, dk, dv, dlog_decay, dbeta, dstate = _chunked_backward(
+        do, dfinal, q, k, v, log_decay, beta, ctx.scale, starts, cu_seqlens
+    )
+    dlog_decay = None if log_decay is None else dlog_decay
+    dbeta = None if beta is None else dbeta
+    return dq, dk, dv, dlog_decay, dbeta, None, dstate, None, None
+
+
+_chunked.register_autograd(_gradients, setup_context=_setup)

@@ -1,0 +1,159 @@
+"""The compiled chunks of the CPU, and the small products that they are made of."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from subquad.recurrence import Delta, explain, linear_recurrence
+from test_recurrence import assert_equal, leaves, make, run
+
+CASES = list(itertools.product(("none", "H", "BTH"), (None, "delta")))
+
+
+def single(arguments):
+    """The same call in float32."""
+    call = arguments | {n: x.float() for n, x in leaves(arguments).items() if n in arguments}
+    if arguments["erase"] is not None:
+        call["erase"] = Delta(arguments["erase"].beta.float())
+    return call
+
+
+def assert_as_the_loop(arguments, label):
+    """To 1e-5 of the float64 loop; where float32 itself is further off, to twice the loop's own."""
+    want = run(arguments, torch.float64, impl="reference")
+    loop = run(arguments, torch.float32, form="recurrent", impl="torch")
+    got = run(arguments, torch.float32, form="chunked", impl="numba")
+    for name, w in want.items():
+        norm = w.norm().clamp(min=1e-3)
+        own = ((loop[name].double() - w).norm() / norm).item()
+        assert_equal({name: got[name]}, {name: w}, max(1e-5, 2 * own), label)
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["easy", "hard"])
+@pytest.mark.parametrize(("decay", "erase"), CASES)
+def test_equals_the_loop(decay, erase, hard):
+    """Any T against the chunk and its halves, any K and V against what products are padded to."""
+    for T, K, V in ((1, 1, 1), (2, 6, 5), (31, 32, 8), (63, 6, 33), (64, 7, 64), (65, 40, 3)):
+        arguments = make(decay, erase, T=T, K=K, V=V, hard=hard, seed=T)
+        assert_as_the_loop(arguments, f"{T} tokens")
+    arguments = make(decay, erase, B=1, T=1000, Hk=1, hard=hard)
+    assert_as_the_loop(arguments, "1000 tokens")
+
+
+@pytest.mark.parametrize(("decay", "erase"), CASES)
+def test_packed_sequences_never_meet(decay, erase):
+    packed = [0, 1, 2, 40, 104, 105, 233, 300]
+    assert_as_the_loop(make(decay, erase, B=1, T=300, hard=True, packed=packed), "packed")
+
+
+@pytest.mark.parametrize("erase", [None, "delta"])
+@pytest.mark.parametrize("threads", [1, 2, 3, 8])
+@pytest.mark.parametrize("B, Hk, G", [(1, 1, 5), (3, 1, 2), (1, 2, 3), (2, 4, 1)])
+def test_any_split_over_threads(B, Hk, G, threads, erase, monkeypatch):
+    """Heads that share a key may meet on several threads: their gradients of it are summed."""
+    from subquad.kernels import cpu
+
+    monkeypatch.setattr(cpu, "SMALL", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert_as_the_loop(make("BTH", erase, B=B, T=100, Hk=Hk, G=G), f"{threads} threads")
+
+
+@pytest.mark.parametrize("erase", [None, "delta"])
+def test_gates_that_forget_all(erase):
+    """A log decay of -inf is a fresh start, and has no gradient."""
+    arguments = make("BTH", erase, T=100)
+    arguments["log_decay"][:, 70] = -torch.inf
+    got = run(arguments, torch.float32, form="chunked", impl="numba")
+    want = run(arguments, torch.float64, impl="reference")
+    assert_equal(got, want, 1e-5, "forgotten")
+
+
+@pytest.mark.parametrize("erase", [None, "delta"])
+def test_views_and_what_is_not_asked_for(erase):
+    """Halves of a wider projection, a permuted gradient; only the output or the state is used."""
+    call = single(make("BTH", erase, T=70, K=8, V=8, Hk=4, G=1))
+    wide = (0.2 * torch.randn(2, 70, 3, 4, 8)).requires_grad_()
+    halves = dict(zip("qkv", wide.unbind(2)))
+    want, final = linear_recurrence(**(call | halves), impl="torch")
+    o, state = linear_recurrence(**(call | halves))
+    weight = torch.randn(4, 8, 2, 70).permute(2, 3, 0, 1)
+    for mine, other in (((o * weight).sum(), (want * weight).sum()), (state.sum(), final.sum())):
+        got, expected = (torch.autograd.grad(x, wide, retain_graph=True)[0] for x in (mine, other))
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("packed", [None, [0, 7, 100]])
+@pytest.mark.parametrize("erase", [None, "delta"])
+def test_operator_is_sound(erase, packed):
+    """Its shapes without computing, its gradients under compilation: torch's own checks."""
+    from subquad.recurrence.compiled import _chunked, _most_chunks
+
+    call = single(make("BTH", erase, B=1, T=100, packed=packed))
+    beta = None if erase is None else call["erase"].beta.requires_grad_()
+    inputs = [call[n].requires_grad_() for n in ("q", "k", "v", "log_decay", "state")]
+    q, k, v, g, state = inputs
+    kept = _most_chunks(q, call["cu_seqlens"])
+    arguments = (q, k, v, g, beta, 0.5, state, call["cu_seqlens"], kept)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(_chunked, arguments, test_utils=tests)
+
+    def gradients(f):
+        o, final = f(q, k, v, g, call["erase"], state=state, cu_seqlens=call["cu_seqlens"])
+        return torch.autograd.grad(o.square().sum() + final.sum(), inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_recurrence, fullgraph=True, backend="aot_eager")
+    for got, want in zip(gradients(compiled), gradients(linear_recurrence)):
+        torch.testing.assert_close(got, want)
+
+
+def test_runs_where_it_can():
+    for decay, erase in CASES:
+        page = explain(**single(make(decay, erase, T=100)))
+        assert (page.form, page.impl, page.chunk) == ("chunked", "numba", 64)
+    call = single(make("BTH", "delta", T=100))
+    others = [make("BTH", None, T=100), make("BTH", "delta", T=100)]
+    others += [call | {"form": "recurrent"}, call | {"form": "parallel"}]
+    key, bonus = make("BTHK", None, T=100), make("BTH", None, bonus=True, T=100)
+    others += [x | {n: y.float() for n, y in leaves(x).items()} for x in (key, bonus)]
+    for other in others:
+        assert explain(**other).impl == "torch"
+        with pytest.raises(ValueError, match=r"^impl: .*numba"):
+            explain(**other, impl="numba")
+
+
+def test_transforms_see_every_operation():
+    """Forward derivatives and vmap cannot look into compiled code, so they get none."""
+    call = single(make("BTH", "delta", T=20))
+    f = lambda v: linear_recurrence(**(call | {"v": v}))[0]  # noqa: E731
+    direction = torch.randn_like(call["v"])
+    _, moved = torch.func.jvp(f, (call["v"],), (direction,))
+    torch.testing.assert_close(moved, f(call["v"] + direction) - f(call["v"]), rtol=1e-3, atol=1e-4)
+    several = torch.randn(3, *call["v"].shape)
+    torch.testing.assert_close(torch.vmap(f)(several)[1], f(several[1]))
+
+
+@pytest.mark.parametrize("L", [8, 24, 64])
+def test_products(L):
+    from subquad.kernels import product_cpu as product
+
+    r = np.random.default_rng(0)
+    square = L == 64
+    for M, N in ((64, 64), (32, 96), (8, 32)):
+        a, b = (r.standard_normal(s).astype(np.float32) for s in ((M, L), (L, N)))
+        for left in (a, np.asfortranarray(a)):
+            c = np.ones((M, N), np.float32)
+            product.add_product(left, b, c, product.WHOLE)
+            np.testing.assert_allclose(c, 1 + a @ b, rtol=1e-4, atol=1e-4)
+        if square and M == L:
+            for kind, part in ((product.LOWER, np.tril), (product.UPPER, np.triu)):
+                c = np.zeros((M, N), np.float32)
+                product.add_product(part(a), b, c, kind)
+                np.testing.assert_allclose(c, part(a) @ b, rtol=1e-4, atol=1e-4)
+            c = np.empty((M, M), np.float32)
+            product.lower_product(a, b, c)
+            np.testing.assert_allclose(np.tril(c), np.tril(a @ b), rtol=1e-4, atol=1e-4)
