@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from subquad import SubquadCache, SubquadConfig, SubquadForCausalLM
 from subquad.cli import app, main
-from subquad.generate import TextPieces, choose, generate_tokens, load, stream
+from subquad.generate import TextPieces, choose, generate_batch, generate_tokens, load, stream
 from subquad.generate.load import model_folder
 from subquad.models import ByteTokenizer
 from subquad.train import TrainConfig, train
@@ -94,6 +94,25 @@ def test_stop_ids_end_it_unyielded():
     free = take(model, 30, seed=3)
     stop = free[10]
     assert take(model, 30, seed=3, stop_ids=(stop,)) == free[: free.index(stop)]
+
+
+def test_a_batch_is_its_rows():
+    model = tiny("gated_deltanet")
+    prompts = torch.tensor([list(b"prompt"), list(b"second"), list(b"third!")])
+    free = generate_batch(model, prompts, max_new_tokens=20)
+    for ids, row in zip(prompts, free):
+        alone = generate_tokens(model, ids.tolist(), max_new_tokens=20, temperature=0)
+        assert list(alone) == row.tolist()
+    drawn = generate_batch(model, prompts, max_new_tokens=20, temperature=1.0, top_p=0.9, seed=4)
+    stop = drawn[1, 5].item()
+    options = {"temperature": 1.0, "top_p": 0.9, "seed": 4, "stop_ids": (stop,)}
+    stopped = generate_batch(model, prompts, max_new_tokens=20, **options)
+    for whole, row in zip(drawn.tolist(), stopped.tolist()):
+        end = whole.index(stop) if stop in whole else len(row)
+        assert row == whole[:end] + [stop] * (len(row) - end)
+    assert generate_batch(model, prompts, max_new_tokens=0).shape == (3, 0)
+    with pytest.raises(ValueError, match="^ids: got"):
+        generate_batch(model, prompts[0], max_new_tokens=1)
 
 
 def test_choose_temperature_and_nucleus():

@@ -7,8 +7,8 @@ for piece in stream(model, tokenizer, "def fibonacci(", max_new_tokens=200, seed
     print(piece, end="", flush=True)
 """
 
-from subquad.generate.decode import TextPieces, generate_tokens, stream
+from subquad.generate.decode import TextPieces, generate_batch, generate_tokens, stream
 from subquad.generate.load import load
-from subquad.generate.sample import choose
+from subquad.generate.sample import choose, draw
 
-__all__ = ["TextPieces", "choose", "generate_tokens", "load", "stream"]
+__all__ = ["TextPieces", "choose", "draw", "generate_batch", "generate_tokens", "load", "stream"]

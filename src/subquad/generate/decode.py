@@ -1,11 +1,13 @@
 """The decode loop: prefill in pieces, then one token at a time, text as soon as it is whole."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from subquad.generate.sample import choose
+from subquad.generate.sample import draw
+from subquad.models import SubquadForCausalLM
 
 _PREFILL = 2048  # tokens of the prompt per pass: bounds the memory that a long prompt takes
 _PATIENCE = 8  # tokens to wait for the rest of a character; UTF-8 never needs more than four bytes
@@ -58,13 +60,41 @@ def generate_tokens(
     Raises ValueError: an empty prompt, max_new_tokens < 0, temperature < 0, top_p outside [0, 1].
     """
     _check(len(ids) > 0, "ids", "an empty prompt", "at least one token, such as bos")
-    _check(max_new_tokens >= 0, "max_new_tokens", max_new_tokens, "0 or more")
-    _check(temperature >= 0, "temperature", temperature, "0 (the likeliest token) or more")
-    _check(0 <= top_p <= 1, "top_p", top_p, "a probability from 0 to 1")
+    _check_settings(max_new_tokens, temperature, top_p)
     return _decode(model, ids, max_new_tokens, temperature, top_p, seed, frozenset(stop_ids))
 
 
-@torch.inference_mode()
+def generate_batch(
+    model: Any,
+    ids: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stop_ids: Sequence[int] = (),
+) -> torch.Tensor:
+    """New tokens [B, n <= max_new_tokens] after prompts ids [B,T] of one length, row by row.
+
+    The plain loop that `model.generate` is around a batch: draw, step. On a GPU no token waits for
+    the host, and a model of ours whose states have a constant size runs its steps as a CUDA graph.
+    A row that draws one of `stop_ids` is filled with it from there on; all rows stopped end it.
+
+    Raises ValueError as `generate_tokens`.
+    """
+    _check(ids.ndim == 2 and ids.numel() > 0, "ids", tuple(ids.shape), "[B, T], neither empty")
+    _check_settings(max_new_tokens, temperature, top_p)
+    steps = _steps(model, ids, max_new_tokens, temperature, top_p, seed)
+    stops, columns, held = frozenset(stop_ids), [], [None] * len(ids)
+    for drawn in steps:
+        column = [token if stop is None else stop for token, stop in zip(drawn.tolist(), held)]
+        columns.append(column)
+        held = [token if token in stops else None for token in column]
+        if None not in held:
+            break
+    return torch.tensor(columns, dtype=torch.int64, device=ids.device).reshape(-1, len(ids)).T
+
+
 def _decode(
     model: Any,
     ids: Sequence[int],
@@ -75,20 +105,64 @@ def _decode(
     stop_ids: frozenset[int],
 ) -> Iterator[int]:
     device = next(model.parameters()).device
-    generator = torch.Generator(device)
-    generator.seed() if seed is None else generator.manual_seed(seed)
-    cache = None
-    pending = torch.tensor([list(ids)], device=device)
-    for _ in range(max_new_tokens):
-        for piece in torch.split(pending, _PREFILL, dim=1):
-            output = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
-        last = output.logits[0, -1]
-        token = choose(last, temperature=temperature, top_p=top_p, generator=generator)
+    prompt = torch.tensor([list(ids)], device=device)
+    for drawn in _steps(model, prompt, max_new_tokens, temperature, top_p, seed):
+        token = int(drawn[0])
         if token in stop_ids:
             return
         yield token
-        pending = torch.tensor([[token]], device=device)
+
+
+@torch.inference_mode()
+def _steps(
+    model: Any,
+    ids: torch.Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+) -> Iterator[torch.Tensor]:
+    """The tokens [B] drawn, on the CPU, step by step.
+
+    A GPU gets the next step before anybody looks at this one's tokens: it never waits for them to
+    be read, and reading never waits for more than them. The price is a step too many at a stop.
+    """
+    ids = ids.to(next(model.parameters()).device)
+    generator = torch.Generator(ids.device)
+    generator.seed() if seed is None else generator.manual_seed(seed)
+    options = {"replay": True} if isinstance(model, SubquadForCausalLM) else {"logits_to_keep": 1}
+    output: Any = None
+    cache = None
+    for piece in torch.split(ids, _PREFILL, dim=1) if max_new_tokens else ():
+        output = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+    for left in reversed(range(max_new_tokens)):
+        tokens = draw(
+            output.logits[:, -1], temperature=temperature, top_p=top_p, generator=generator
+        )
+        read = _reading(tokens)
+        step = partial(model, tokens[:, None], past_key_values=cache, use_cache=True, **options)
+        if left and tokens.is_cuda:
+            output = step()
+        yield read()
+        if left and not tokens.is_cuda:
+            output = step()
+
+
+def _reading(tokens: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Start bringing tokens to the CPU; what is returned waits for them, and for nothing later."""
+    if not tokens.is_cuda:
+        return lambda: tokens
+    there = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+    there.copy_(tokens, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def read() -> torch.Tensor:
+        arrived.synchronize()
+        return there
+
+    return read
 
 
 class TextPieces:
@@ -147,3 +221,9 @@ def _first_id(tokenizer: Any) -> list[int]:
 def _check(ok: bool, name: str, came: object, expected: str) -> None:
     if not ok:
         raise ValueError(f"{name}: got {came!r}; expected {expected}")
+
+
+def _check_settings(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    _check(max_new_tokens >= 0, "max_new_tokens", max_new_tokens, "0 or more")
+    _check(temperature >= 0, "temperature", temperature, "0 (the likeliest token) or more")
+    _check(0 <= top_p <= 1, "top_p", top_p, "a probability from 0 to 1")

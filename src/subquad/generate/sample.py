@@ -1,24 +1,37 @@
-"""One token from one row of logits."""
+"""One token from each row of logits."""
 
 import torch
 from torch import Tensor
 
 
+def draw(
+    logits: Tensor, *, temperature: float, top_p: float, generator: torch.Generator | None
+) -> Tensor:
+    """Draw tokens [...] from logits [..., vocabulary]; temperature 0 takes the likeliest.
+
+    `top_p` < 1 draws among the fewest tokens whose probabilities reach it together (nucleus
+    sampling: Holtzman et al. 2020, sec. 3.1), at least one. Nothing waits for the device:
+    torch.multinomial would, to look for probabilities that are none.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    if top_p >= 1:
+        return _race(probabilities, generator)
+    ordered, tokens = probabilities.sort(dim=-1, descending=True)
+    before = ordered.cumsum(-1) - ordered  # what the likelier tokens reach without this one
+    ordered = ordered.masked_fill(before >= top_p, 0.0)
+    ordered[..., 0].clamp_(min=torch.finfo(ordered.dtype).tiny)  # top_p = 0 keeps it
+    return tokens.gather(-1, _race(ordered, generator)[..., None])[..., 0]
+
+
 def choose(
     logits: Tensor, *, temperature: float, top_p: float, generator: torch.Generator | None
 ) -> int:
-    """Draw a token from logits [vocabulary]; temperature 0 takes the likeliest.
+    """`draw` from one row, logits [vocabulary], read."""
+    return int(draw(logits, temperature=temperature, top_p=top_p, generator=generator))
 
-    `top_p` < 1 draws among the fewest tokens whose probabilities reach it together (nucleus
-    sampling: Holtzman et al. 2020, sec. 3.1), at least one.
-    """
-    if temperature == 0:
-        return int(logits.argmax())
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
-    if top_p < 1:
-        ordered, tokens = probabilities.sort(descending=True)
-        before = ordered.cumsum(-1) - ordered  # what the likelier tokens reach without this one
-        ordered = ordered.masked_fill(before >= top_p, 0.0)
-        ordered[0] = ordered[0].clamp(min=torch.finfo(ordered.dtype).tiny)  # top_p = 0 keeps it
-        return int(tokens[torch.multinomial(ordered, 1, generator=generator)])
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+def _race(weights: Tensor, generator: torch.Generator | None) -> Tensor:
+    """An index with probability proportional to its weight: the first of exponential arrivals."""
+    return (weights / torch.empty_like(weights).exponential_(generator=generator)).argmax(-1)

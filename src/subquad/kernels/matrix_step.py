@@ -15,9 +15,9 @@ from .gpu import reason_to_decline
 from .layout import gate_kind, padded
 from .matrix import GATE_NAMES
 
-COLUMNS = (
-    32  # value columns a program: wide enough for whole memory lines, narrow for many programs
-)
+TILE = 8192  # cells of the state a program: 64 in the registers of each of its threads
+WARPS = 4
+STREAM = "evict_first"
 ERASES = ("nothing erased", "delta rule", "low-rank erase")
 
 
@@ -30,7 +30,7 @@ def supported(q: Tensor, *others: Tensor | None) -> str | None:
 
 def describe(q: Tensor, v: Tensor, log_decay: Tensor | None, erase: int) -> str:
     """One line for `explain`; `erase` is the number of its tensors."""
-    programs = v.shape[0] * v.shape[2] * -(-v.shape[3] // COLUMNS)
+    programs = v.shape[0] * v.shape[2] * -(-v.shape[3] // columns_at_once(q.shape[3], v.shape[3]))
     return (
         f"one token and no gradient: step ({GATE_NAMES[gate_kind(log_decay)]}, {ERASES[erase]}), "
         f"one pass over the state by {programs} programs"
@@ -72,6 +72,11 @@ def _(q, k, v, log_decay, beta, a, b, bonus, scale, state):
     return v.new_empty(v.shape)
 
 
+def columns_at_once(width: int, columns: int) -> int:
+    """Value columns a program: measured at K = V = 128, figures in docs/kernels.md."""
+    return min(TILE // padded(width), padded(columns), 64)
+
+
 def _empty_state(k: Tensor, v: Tensor) -> Tensor:
     batch, _, heads, columns = v.shape
     return v.new_empty(batch, heads, k.shape[-1], columns, dtype=torch.float32)
@@ -86,6 +91,7 @@ def _launch(
 
     batch, _, heads, columns = v.shape
     width = k.shape[-1]
+    block = columns_at_once(width, columns)
     o = torch.empty(v.shape, device=v.device, dtype=v.dtype)
     q, k, v = _adjacent(q), _adjacent(k), _adjacent(v)
     a, b = None if a is None else _adjacent(a), None if b is None else _adjacent(b)
@@ -99,14 +105,14 @@ def _launch(
         gate_strides = _strides(log_decay)
     absent = q  # a valid pointer that the kernel never follows
     erase = sum(x is not None for x in (beta, a, b))
-    kernel[(batch * heads * -(-columns // COLUMNS),)](
+    kernel[(batch * heads * -(-columns // block),)](
         q, k, v,
         *(absent if x is None else x for x in (log_decay, beta, a, b, bonus, state)),
         o, new, *_strides(q), *_strides(k), *_strides(v), *gate_strides,
         *_strides(beta), *_strides(a), *_strides(b), scale,
-        H=heads, SHARE=heads // k.shape[2], K=width, V=columns, BK=padded(width), BV=COLUMNS,
+        H=heads, SHARE=heads // k.shape[2], K=width, V=columns, BK=padded(width), BV=block,
         GATE=gate_kind(log_decay), ERASE=erase, BONUS=bonus is not None, START=state is not None,
-        num_warps=4,
+        STREAM=STREAM, num_warps=WARPS,
     )  # fmt: skip
     return o
 

@@ -70,7 +70,7 @@ def backward(
     piece = (pid // G).to(tl.int64)
     s = tl.arange(0, BS)
     channel = (group * S + s)[None, :]
-    grown_S = tl.zeros([BS], tl.float32)
+    grown_TS = tl.zeros([BT, BS], tl.float32)  # summed over T once, at the end
     for step in range(0, STEPS):
         t = (piece * STEPS + step) * BT + tl.arange(0, BT)
         inside = (t < tokens)[:, None] & (s < S)[None, :]
@@ -91,7 +91,7 @@ def backward(
         if ORDER == NORM_FIRST:
             dn_TS *= gate_TS
         if WEIGHT != 0:
-            grown_S += tl.sum(dn_TS * n_TS, 0) * scale
+            grown_TS += dn_TS * n_TS
             w_S = load_weight(weight, group, s, S, WEIGHT)[None, :]
             dn_TS *= w_S
             dgate_TS *= w_S
@@ -107,4 +107,5 @@ def backward(
             dgate_TS *= slope_TS
             tl.store(dgate + cells, dgate_TS.to(dgate.dtype.element_ty), mask=inside)
     if WEIGHT != 0:
+        grown_S = tl.sum(grown_TS, 0) * scale
         tl.store(parts + (piece * G + group) * S + s, grown_S, mask=s < S)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .gpu import reason_to_decline
 
-WIDEST = 8  # taps; the backward pass unrolls their square
-TOKENS, CHANNELS = 32, 64  # a tile
-STEPS = 8  # tiles that a program of the backward pass walks, to write fewer partial sums
+WIDEST = 8  # taps, unrolled
+TOKENS, CHANNELS, WARPS = 32, 64, 4  # a tile
+BACK_TOKENS, BACK_WARPS = 32, 4  # of the pass that sums the weight's gradient over the tokens
+STEPS = 8  # tiles that a program of that pass walks, to write fewer partial sums
 
 
 def supported(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None) -> str | None:
@@ -35,10 +36,10 @@ def convolve(
     batch, tokens, channels = x.shape
     x, weight, bias, state = _laid_out(x, weight, bias, state)
     y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
-    forward[(-(-batch * tokens // TOKENS) * -(-channels // CHANNELS),)](
-        x, weight, *_or(x, bias, state, *_sequences(tokens, cu_seqlens)), y,
-        tokens, batch * tokens, _stride(x), D=channels, W=weight.shape[1], BT=TOKENS, BD=CHANNELS,
-        BIAS=bias is not None, STATE=state is not None, SILU=silu, PACKED=cu_seqlens is not None,
+    forward[(batch * -(-tokens // TOKENS) * -(-channels // CHANNELS),)](
+        x, weight, *_or(x, bias, state, *_sequences(tokens, cu_seqlens)), y, tokens, _stride(x),
+        D=channels, W=weight.shape[1], BT=TOKENS, BD=CHANNELS, BIAS=bias is not None,
+        STATE=state is not None, SILU=silu, PACKED=cu_seqlens is not None, num_warps=WARPS,
     )  # fmt: skip
     return y
 
@@ -54,33 +55,36 @@ def convolve_backward(
     cu_seqlens: Tensor | None, silu: bool, with_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight, bias (also without one) and state (empty unless with_state)."""
-    from .convolve import backward, backward_state
+    from .convolve import backward, backward_state, backward_x
 
     (batch, tokens, channels), taps = x.shape, weight.shape[1]
     (dy,) = _laid_out(dy)
     x, weight, bias, state = _laid_out(x, weight, bias, state)
-    own, bounds = _sequences(tokens, cu_seqlens)
+    own, bounds = _or(x, *_sequences(tokens, cu_seqlens))
+    shared = {"D": channels, "W": taps, "BD": CHANNELS, "PACKED": cu_seqlens is not None}
     blocks = -(-channels // CHANNELS)
-    pieces = -(-batch * tokens // (TOKENS * STEPS))
-    dx = torch.empty(x.shape, device=x.device, dtype=x.dtype)
+    tiles = batch * -(-tokens // BACK_TOKENS)
+    pieces = -(-tiles // STEPS)
+    dz = torch.empty(x.shape, device=x.device, dtype=dy.dtype) if silu else dy
     parts = torch.empty(pieces, taps + 1, channels, device=x.device, dtype=torch.float32)
-    shared = {"D": channels, "W": taps, "BD": CHANNELS, "BIAS": bias is not None, "SILU": silu}
-    shared["PACKED"] = cu_seqlens is not None
-    given = (dy, x, weight, *_or(x, bias, state))
     backward[(pieces * blocks,)](
-        *given, *_or(x, own, bounds), dx, parts, tokens, batch * tokens, _stride(dy), _stride(x),
-        TAPS=1 << taps.bit_length(), BT=TOKENS, STEPS=STEPS, STATE=state is not None, **shared,
+        dy, x, weight, *_or(x, bias, state), own, bounds, dz, parts, tokens, tiles,
+        _stride(dy), _stride(x), TAPS=1 << taps.bit_length(), BT=BACK_TOKENS, STEPS=STEPS,
+        BIAS=bias is not None, STATE=state is not None, SILU=silu, num_warps=BACK_WARPS, **shared,
     )  # fmt: skip
+    dx = torch.empty(x.shape, device=x.device, dtype=x.dtype)
+    backward_x[(batch * -(-tokens // TOKENS) * blocks,)](
+        dz, weight, own, bounds, dx, tokens, _stride(dz), BT=TOKENS, num_warps=WARPS, **shared
+    )
+    dstate = x.new_empty(0)
+    if with_state and state is not None:
+        dstate = torch.empty(state.shape, device=x.device, dtype=state.dtype)
+        backward_state[(state.shape[0] * blocks,)](
+            dz, weight, bounds, dstate, tokens, _stride(dz), **shared
+        )
     sums = parts.sum(0)  # [taps by how far they reach back, then the bias; channels]
     dweight = sums[:taps].flip(0).t().to(weight.dtype).contiguous()
-    dbias = sums[taps].to(weight.dtype if bias is None else bias.dtype)
-    if not with_state or state is None:
-        return dx, dweight, dbias, x.new_empty(0)
-    dstate = torch.empty(state.shape, device=x.device, dtype=state.dtype)
-    backward_state[(state.shape[0] * blocks,)](
-        *given, *_or(x, bounds), dstate, tokens, state.shape[0], _stride(dy), _stride(x), **shared
-    )
-    return dx, dweight, dbias, dstate
+    return dx, dweight, sums[taps].to(weight.dtype if bias is None else bias.dtype), dstate
 
 
 @convolve_backward.register_fake

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache
 
 from subquad.mixers.base import State
+from subquad.models.graph import Lease
 from subquad.models.packing import Packing
 from subquad.recurrence.validate import fail
 
@@ -28,9 +29,11 @@ class SubquadCache(Cache):
         states: one `State` per layer (a dict of tensors, rows first), None before the first token.
         lengths: [B] int64, real tokens read by each row since its sequence began; None before the
             first call.
+        lease: on the CUDA graph that moves it on in generate(), if one does.
 
     A mixer never changes a state it was given, so `copy.copy(cache)` is a snapshot that costs
-    nothing: the copy keeps what it has when the original moves on.
+    nothing: the copy keeps what it has when the original moves on. A graph does write over its
+    states, so the snapshot of a cache with a lease is a copy of them.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -41,11 +44,23 @@ class SubquadCache(Cache):
     def reset(self) -> None:
         """Forget everything; the next call starts afresh, with any number of rows."""
         self.states: list[State | None] = [None] * self.num_layers
+        self.lease: Lease | None = None
         self.lengths: Tensor | None = None
         # Rows that have seen nothing but padding have no state yet: what `states` holds for them
         # is filler and must not be continued.
         self.has_empty_rows = False
         self._columns = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles hold."""
+        held = self.__dict__.copy()
+        if self.lease is not None:
+            held["lease"] = None
+            held["states"] = [
+                None if state is None else {name: t.clone() for name, t in state.items()}
+                for state in self.states
+            ]
+        return held
 
     # ---- what the model calls
 

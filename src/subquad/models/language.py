@@ -15,6 +15,7 @@ from subquad.mixers.norms import RMSNorm
 from subquad.models.block import Block, normed
 from subquad.models.cache import SubquadCache
 from subquad.models.config import SubquadConfig
+from subquad.models.graph import replay as replay_step
 from subquad.models.packing import Packing, pack, pack_given
 from subquad.models.tokens import check_labels, embed
 from subquad.recurrence.validate import check_tensor, fail
@@ -201,6 +202,7 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
         cu_seqlens: Tensor | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        replay: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and with labels the mean cross-entropy of the next token.
@@ -214,8 +216,18 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
                 asked to guess a text's start from the end of another.
             logits_to_keep: logits of the last n positions only (0 for all), or of the positions
                 in a 1-D tensor.
+            replay: this is one step of many, as generate() says: if it is one token a row on a GPU,
+                and all states have a constant size, replay it as a captured CUDA graph. The cache's
+                states are then written over by the next step; `copy.copy(cache)` keeps them.
             kwargs: for the loss, such as the Trainer's `num_items_in_batch`.
         """
+        if replay and not (output_hidden_states or self.config.output_hidden_states):
+            others = (attention_mask, position_ids, inputs_embeds, labels, cu_seqlens)
+            plain = use_cache is not False and all(x is None for x in others)
+            if plain and isinstance(past_key_values, SubquadCache) and input_ids is not None:
+                logits = replay_step(self, input_ids, past_key_values)
+                if logits is not None:
+                    return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -240,6 +252,12 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
+    def step(self, tokens: Tensor, states: list[State]) -> tuple[Tensor, list[State]]:
+        """Logits [B,1,vocabulary] of tokens [B,1] after `states`, and the next states, by layer."""
+        x = self.model._embed(tokens, None)
+        hidden, states = self.model._run(x, list(states), None, False)
+        return self.lm_head(hidden[-1]), states
+
     # generate() reads in this signature that inputs_embeds are understood.
     def prepare_inputs_for_generation(
         self,
@@ -262,6 +280,7 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
         if decoding and past_key_values is not None:
             # The padding is behind us: new tokens are real in every row, so spare the look.
             inputs["attention_mask"] = None
+            inputs["replay"] = True
         return inputs
 
     def _prepare_position_ids_for_generation(self, *args: Any, **kwargs: Any) -> None:

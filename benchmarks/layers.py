@@ -1,0 +1,284 @@
+"""The GPU kernels beside the scan, against flash-linear-attention and PyTorch in one run.
+
+    PYTHONPATH=src python benchmarks/layers.py --out layers.json [--tune]
+
+One decoded token of the matrix recurrence, the short convolution, and gated norms: median
+milliseconds of eager calls and of a captured graph's replays, and the memory floor at this
+machine's copy rate. `--tune` times the kernels over tile sizes instead of the peers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from gpu import copy_rate, replayed, shorten_autotuning
+from torch import Tensor
+
+import subquad
+from subquad.kernels import matrix_step, norm, short_convolution
+from subquad.recurrence.convolution import _convolve
+from subquad.recurrence.gpu import overwriting_states
+from subquad.recurrence.norm import _plain
+
+H, K, V = 16, 128, 128
+BF16 = {"device": "cuda", "dtype": torch.bfloat16}
+
+
+def once(call: Callable[[], object]) -> dict[str, float | None]:
+    from triton.testing import do_bench
+
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    first = time.perf_counter() - began
+    timing = {"warmup": 10, "rep": 40, "return_mode": "median"}
+    return {
+        "eager_ms": do_bench(call, **timing),
+        "graph_ms": replayed(call),
+        "first_call_s": first,
+    }
+
+
+# ---- one decoded token
+
+
+def token(B: int, kind: str) -> tuple[dict[str, Tensor], int]:
+    """The engine's arguments, and the bytes that must move."""
+    torch.manual_seed(0)
+    given = {
+        "q": torch.randn(B, 1, H, K, **BF16), "k": torch.randn(B, 1, H, K, **BF16),
+        "v": torch.randn(B, 1, H, V, **BF16), "state": torch.randn(B, H, K, V, device="cuda"),
+    }  # fmt: skip
+    given["k"] = F.normalize(given["k"], dim=-1)
+    if kind == "gla":
+        given["log_decay"] = F.logsigmoid(torch.randn(B, 1, H, K, device="cuda")) / 16
+    else:
+        given["log_decay"] = F.logsigmoid(torch.randn(B, 1, H, device="cuda") + 2)
+    if kind == "gated_delta":
+        given["erase"] = subquad.Delta(torch.rand(B, 1, H, device="cuda"))
+    moved = sum(x.nbytes for x in given.values() if isinstance(x, Tensor))
+    return given, moved + given["state"].nbytes + given["v"].nbytes
+
+
+def ours_in_place(given: dict) -> Callable[[], object]:
+    given = {**given, "state": given["state"].clone()}
+
+    def call():
+        with overwriting_states():
+            return subquad.linear_recurrence(**given)
+
+    return call
+
+
+def fla_step(kind: str, given: dict) -> Callable[[], object]:
+    q, k, v, g, state = (given[n] for n in ("q", "k", "v", "log_decay", "state"))
+    options = {"initial_state": state, "output_final_state": True}
+    if kind == "simple_gla":
+        from fla.ops.simple_gla import fused_recurrent_simple_gla
+
+        return lambda: fused_recurrent_simple_gla(q, k, v, g, **options)
+    if kind == "gla":
+        from fla.ops.gla import fused_recurrent_gla
+
+        return lambda: fused_recurrent_gla(q, k, v, g, **options)
+    from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
+
+    beta = given["erase"].beta.to(v.dtype)
+    return lambda: fused_recurrent_gated_delta_rule(q, k, v, g, beta=beta, **options)
+
+
+def tokens(rate: float, peers: bool) -> list[dict]:
+    rows = []
+    for B, kind in itertools.product((1, 8, 128), ("simple_gla", "gla", "gated_delta")):
+        given, moved = token(B, kind)
+        row = {"work": f"token B{B} H16 K128 V128", "kind": kind, "floor_ms": moved / rate * 1e3}
+        calls = {
+            "ours": lambda given=given: subquad.linear_recurrence(**given),
+            "ours in place": ours_in_place(given),
+        }
+        if peers:
+            calls["fla"] = fla_step(kind, given)
+        with torch.no_grad():
+            rows.append(timed(row, calls))
+    return rows
+
+
+# ---- the short convolution and gated norms, forward and backward
+
+
+def trained(call: Callable[..., Tensor], leaves: list[Tensor], grads: bool) -> Callable:
+    dy = torch.randn_like(call(*leaves))
+    if grads:
+        return lambda: torch.autograd.grad(call(*leaves), leaves, dy)
+
+    def forward():
+        with torch.no_grad():
+            return call(*leaves)
+
+    return forward
+
+
+def layers(rate: float, peers: bool) -> list[dict]:
+    rows = []
+    for work, leaves, calls in (convolution(peers), *gated_norms(peers)):
+        big = sum(x.nbytes for x in leaves if x.ndim == 3)
+        y = leaves[0].nbytes
+        for grads in (False, True):
+            moved = big + y + (y + 2 * big if grads else 0)
+            kind = "forward and backward" if grads else "forward"
+            row = {"work": work, "kind": kind, "floor_ms": moved / rate * 1e3}
+            run = {who: trained(call, leaves, grads) for who, call in calls.items()}
+            rows.append(timed(row, run))
+    return rows
+
+
+def convolution(peers: bool):
+    B, T, D, W = 8, 4096, 2304, 4
+    x = torch.randn(B, T, D, **BF16).requires_grad_()
+    weight = (torch.randn(D, W, device="cuda") / 2).bfloat16().requires_grad_()
+    bias = torch.randn(D, **BF16).requires_grad_()
+    state = torch.zeros(B, W - 1, D, device="cuda")
+
+    def plain(x, w, b):
+        return _convolve(x.float(), w.float(), b.float(), state, None, True).to(x.dtype)
+
+    calls = {
+        "ours": lambda x, w, b: subquad.short_convolution(x, w, b, "silu")[0],
+        "torch conv1d": lambda x, w, b: F.silu(
+            F.conv1d(x.transpose(1, 2), w[:, None], b, padding=W - 1, groups=D)[..., :T]
+        ).transpose(1, 2),
+        "torch shifts": plain,
+    }
+    if peers:
+        from fla.modules.convolution import causal_conv1d
+
+        calls["fla"] = lambda x, w, b: causal_conv1d(x, w, b, activation="silu")[0]
+    return f"convolution B{B} T{T} D{D} W{W}", [x, weight, bias], calls
+
+
+def gated_norms(peers: bool):
+    B, T, D = 8, 4096, 2048
+    for first, size in ((False, 128), (True, D)):
+        x, gate = (torch.randn(B, T, D, **BF16).requires_grad_() for _ in range(2))
+        weight = torch.randn(size, **BF16).requires_grad_()
+
+        def ours(x, gate, w, size=size, first=first):
+            return subquad.recurrence.norm.gated_rms_norm(x, gate, size, w, 1e-5, gate_first=first)
+
+        def plain(x, gate, w, size=size, first=first):
+            if first:
+                return _plain(x * F.silu(gate), size, w, 1e-5)
+            return _plain(x, size, w, 1e-5) * F.silu(gate)
+
+        calls = {"ours": ours, "torch": plain}
+        if peers and not first:
+            from fla.modules.fused_norm_gate import rms_norm_gated
+
+            calls["fla"] = lambda x, gate, w, size=size: rms_norm_gated(
+                x.unflatten(-1, (-1, size)), gate.unflatten(-1, (-1, size)), w, None
+            ).flatten(-2)
+        order = "gate first" if first else "norm first"
+        yield f"gated norm, {order}, groups of {size}, B{B} T{T} D{D}", [x, gate, weight], calls
+    x = torch.randn(B, T, D, **BF16).requires_grad_()
+    weight = torch.randn(D, **BF16).requires_grad_()
+    yield (
+        f"rms norm B{B} T{T} D{D}",
+        [x, weight],
+        {
+            "ours": lambda x, w: norm.norm(x, None, w, D, False, 1e-5, 1.0),
+            "torch": lambda x, w: F.rms_norm(x, (D,), w, 1e-5),
+        },
+    )
+
+
+def timed(row: dict, calls: dict[str, Callable]) -> dict:
+    for who, call in calls.items():
+        try:
+            row[who] = once(call)
+        except Exception as error:  # a peer that cannot run is a result
+            row[who] = {"error": f"{type(error).__name__}: {error}"[:200]}
+    shown = {
+        who: found.get("error") or [found["eager_ms"], found["graph_ms"]]
+        for who, found in row.items()
+        if isinstance(found, dict)
+    }
+    print(row["work"], row["kind"], f"floor {row['floor_ms']:.4f}", shown, flush=True)
+    return row
+
+
+def kernel_ms(call: Callable[[], object]) -> dict[str, float]:
+    """Milliseconds of each kernel of a call."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(5):
+            call()
+        torch.cuda.synchronize()
+    return {e.key[:30]: e.device_time_total / 5e3 for e in profile.key_averages()}
+
+
+def tune(rate: float) -> list[dict]:
+    """The kernels' constants, each with the time of the work that depends on it."""
+    found = []
+
+    def note(**facts):
+        print(facts, flush=True)
+        found.append(facts)
+
+    for tile, warps, stream in itertools.product((4096, 8192), (2, 4, 8), ("", "evict_first")):
+        matrix_step.TILE, matrix_step.WARPS, matrix_step.STREAM = tile, warps, stream
+        times = {}
+        for B, kind in itertools.product((1, 128), ("gla", "gated_delta")):
+            call = ours_in_place(token(B, kind)[0])
+            with torch.no_grad():
+                call()
+                times[f"B{B} {kind}"] = replayed(call)
+        note(tile=tile, warps=warps, stream=stream, **times)
+    _, leaves, calls = convolution(False)
+    for tokens, channels, warps in itertools.product((16, 32, 64), (64, 128), (1, 2, 4)):
+        short_convolution.TOKENS = short_convolution.BACK_TOKENS = tokens
+        short_convolution.CHANNELS, short_convolution.STEPS = channels, 512 // tokens
+        short_convolution.WARPS = short_convolution.BACK_WARPS = warps
+        run = [trained(calls["ours"], leaves, grads) for grads in (False, True)]
+        [call() for call in run]
+        split = kernel_ms(run[1])
+        note(tokens=tokens, channels=channels, warps=warps, ms=[replayed(run[0]), split])
+    works = [(leaves, calls["ours"]) for _, leaves, calls in gated_norms(False)]
+    for tile, steps in itertools.product((1024, 2048, 4096), (8, 16)):
+        norm.TILE, norm.STEPS = tile, steps
+        run = [trained(call, leaves, g) for leaves, call in works for g in (False, True)]
+        [call() for call in run]
+        note(tile=tile, steps=steps, ms=[replayed(call) for call in run])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tune", action="store_true")
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("layers.json"))
+    args = parser.parse_args()
+    shorten_autotuning()
+    import triton
+
+    rate = copy_rate()
+    report = {
+        "device": torch.cuda.get_device_name(),
+        "date": datetime.date.today().isoformat(),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "copy_TB_per_s": rate / 1e12,
+    }
+    peers = not args.no_peers
+    report["rows"] = tune(rate) if args.tune else tokens(rate, peers) + layers(rate, peers)
+    args.out.write_text(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

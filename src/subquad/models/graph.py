@@ -1,0 +1,172 @@
+"""Decoding on a GPU without Python in between: one token through the model as a CUDA graph.
+
+A decoded token is some twenty small kernels a layer, and launching them from Python takes longer
+than running them. So the step is captured once and replayed for every token. It reads and writes
+fixed addresses: tokens, logits, and states, which a graph owns and writes over. A cache leases a
+graph from its model while it lives, and its states are then the graph's; snapshots of it are
+copies. Where states grow (softmax attention) there is nothing to capture, and `replay` says None.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from subquad.mixers.base import State
+from subquad.recurrence.gpu import overwriting_states
+
+if TYPE_CHECKING:
+    from subquad.models.cache import SubquadCache
+
+MOST_IDLE = 4  # graphs kept for later calls, by model: one each for as many batch sizes
+
+
+def replay(model: Any, tokens: Tensor, cache: SubquadCache) -> Tensor | None:
+    """Logits [B,1,vocabulary] of `tokens` [B,1] after `cache`, which moves on; or None.
+
+    None leaves everything as it was: the call is not one of decoding on a GPU (one token a row, a
+    state of each, no gradient), or the model has states that grow.
+    """
+    if not _decodes(model, tokens, cache):
+        return None
+    states = [state for state in cache.states if state is not None]
+    shelf = _SHELVES.setdefault(model, _Shelf())
+    if len(states) < len(cache) or not shelf.fit:
+        return None
+    lease = cache.lease
+    if lease is None or not lease.graph.serves(tokens, states):
+        lease = shelf.lend(model, tokens, states)
+        if lease is None:
+            return None
+    if not lease.graph.holds(states):
+        lease.graph.load(states)
+    cache.lease = lease
+    logits = lease.graph.replay(tokens)
+    cache.advance(lease.graph.states, len(tokens), 1, tokens.device)
+    return logits
+
+
+def _decodes(model: Any, tokens: Tensor, cache: SubquadCache) -> bool:
+    if not tokens.is_cuda or tokens.shape[1] != 1 or model.training or torch.is_grad_enabled():
+        return False
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+        return False
+    return not cache.has_empty_rows and cache.batch_size == len(tokens)
+
+
+class StepGraph:
+    """One token for each row of a batch, captured.
+
+    Attributes:
+        states: by layer, where the graph reads and writes them.
+    """
+
+    def __init__(self, model: Any, tokens: Tensor, states: list[State]) -> None:
+        self.settings = _settings(tokens)
+        self.weights = [(weakref.ref(p), p.data_ptr()) for p in model.parameters()]
+        with torch.inference_mode(False), torch.no_grad():
+            self.tokens = tokens.clone()
+            self.states = [{n: t.clone() for n, t in state.items()} for state in states]
+            side, here = torch.cuda.Stream(tokens.device), torch.cuda.current_stream(tokens.device)
+            side.wait_stream(here)
+            with torch.cuda.stream(side):  # compile and choose kernels before the capture
+                self._step(model)
+                self._step(model)
+            here.wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.logits = self._step(model)
+
+    def _step(self, model: Any) -> Tensor:
+        with overwriting_states():
+            logits, states = model.step(self.tokens, self.states)
+        for own, new in zip(self.states, states):
+            for name, tensor in new.items():
+                if tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
+                    raise _Grows
+                if tensor is not own[name]:
+                    own[name].copy_(tensor)
+        return logits
+
+    def serves(self, tokens: Tensor, states: list[State]) -> bool:
+        """Whether it can go on from these states: the same shapes, and weights where they were."""
+        return (
+            self.settings == _settings(tokens)
+            and (self.holds(states) or _shapes(self.states) == _shapes(states))
+            and all((p := w()) is not None and p.data_ptr() == at for w, at in self.weights)
+        )
+
+    def holds(self, states: list[State]) -> bool:
+        """Whether these are its own."""
+        return all(own is state for own, state in zip(self.states, states))
+
+    def load(self, states: list[State]) -> None:
+        """Go on from these states instead."""
+        for own, new in zip(self.states, states):
+            for name, tensor in new.items():
+                own[name].copy_(tensor)
+
+    def replay(self, tokens: Tensor) -> Tensor:
+        """Logits [B,1,vocabulary]; the states move on."""
+        self.tokens.copy_(tokens)
+        self.graph.replay()
+        return self.logits.clone()
+
+
+class Lease:
+    """A cache's hold on a graph, which goes back on its model's shelf with the last of it."""
+
+    def __init__(self, graph: StepGraph, shelf: _Shelf) -> None:
+        self.graph = graph
+        weakref.finalize(self, shelf.put_back, graph).atexit = False
+
+
+class _Shelf:
+    """A model's graphs that no cache holds."""
+
+    def __init__(self) -> None:
+        self.idle: list[StepGraph] = []
+        self.fit = True  # False once a step could not be captured
+
+    def put_back(self, graph: StepGraph) -> None:
+        self.idle = [*self.idle, graph][-MOST_IDLE:]
+
+    def lend(self, model: Any, tokens: Tensor, states: list[State]) -> Lease | None:
+        """A graph that serves, an idle one or a new one; None if the model's step has none."""
+        parameters = {id(p) for p in model.parameters()}
+        self.idle = [g for g in self.idle if {id(w()) for w, _ in g.weights} == parameters]
+        for graph in self.idle:
+            if graph.serves(tokens, states):
+                self.idle.remove(graph)
+                return Lease(graph, self)
+        if any(p.device != tokens.device for p in model.parameters()):
+            return None
+        try:
+            return Lease(StepGraph(model, tokens, states), self)
+        except _Grows:
+            self.fit = False
+        except RuntimeError as error:
+            self.fit = False
+            warnings.warn(f"decoding goes on without a CUDA graph: {error}", stacklevel=2)
+        return None
+
+
+class _Grows(Exception):
+    """A state changes its shape with the token."""
+
+
+_SHELVES: weakref.WeakKeyDictionary[Any, _Shelf] = weakref.WeakKeyDictionary()
+
+
+def _settings(tokens: Tensor) -> tuple[object, ...]:
+    """What a captured step depends on beside weights and states."""
+    autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+    return tokens.shape, tokens.dtype, tokens.device, autocast
+
+
+def _shapes(states: list[State]) -> list[list[tuple[str, torch.Size, torch.dtype]]]:
+    return [[(n, t.shape, t.dtype) for n, t in sorted(state.items())] for state in states]
