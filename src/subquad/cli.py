@@ -3,6 +3,7 @@ that `subquad --help` answers sooner than torch would have been imported."""
 
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -290,34 +291,32 @@ def generate(
     )
 
 
+TEXT, TASK = "On text", "On a task"
+
+
 @app.command()
 def arena(
     rows: Annotated[
         str | None,
         typer.Option(
-            help="Rows, with commas between.",
+            help="Rows, with commas between. On a task also with options of the mixer: "
+            "deltanet:allow_negative_eigenvalues, mamba2:state_size=16.",
             show_default="softmax_attention,mamba,mamba2,gla,gated_deltanet",
         ),
     ] = None,
     parameters: Annotated[
-        str | None, typer.Option(help="Size of every model, within 2 %.", show_default="1M")
-    ] = None,
-    data: Annotated[str | None, typer.Option(help="As for train.", show_default="stdlib")] = None,
-    minutes: Annotated[
-        float | None,
-        typer.Option(help="Time for everything; sets the steps.", show_default="6"),
+        str | None,
+        typer.Option(help="Size of every model.", show_default="1M; on a task what it needs"),
     ] = None,
     steps: Annotated[
         int | None, typer.Option(help="Steps of every row, whatever time they take.")
     ] = None,
-    seq_len: Annotated[
-        int | None, typer.Option(help="Tokens in a sequence.", show_default="256")
-    ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(help="Sequences in a step.", show_default="4")
+        int | None, typer.Option(help="Sequences in a step.", show_default="4; the task's")
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Peak learning rate of every row.", show_default="0.003")
+        float | None,
+        typer.Option(help="Peak learning rate of every row.", show_default="0.003; the task's"),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of weights and batches.", show_default="0")
@@ -325,7 +324,51 @@ def arena(
     device: Annotated[
         str | None, typer.Option(help="auto, cpu, cuda ...", show_default="auto")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Where runs and report go.")] = Path("runs/arena"),
+    out: Annotated[
+        Path | None, typer.Option(help="Where runs and report go.", show_default="runs/arena...")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="As for train.", show_default="stdlib", rich_help_panel=TEXT),
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(
+            help="Time for everything; sets the steps.", show_default="6", rich_help_panel=TEXT
+        ),
+    ] = None,
+    seq_len: Annotated[
+        int | None,
+        typer.Option(help="Tokens in a sequence.", show_default="256", rich_help_panel=TEXT),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="Train on this synthetic task instead.", rich_help_panel=TASK),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Size of the task: small, published ...",
+            show_default="small",
+            rich_help_panel=TASK,
+        ),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A setting of the task, or of TaskArenaConfig, as JSON: --set pairs=4 "
+            "--set hidden_size=64. Repeatable.",
+            rich_help_panel=TASK,
+        ),
+    ] = None,
+    list_tasks: Annotated[
+        bool,
+        typer.Option("--list-tasks", help="Tell what each task measures.", rich_help_panel=TASK),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="The list, for programs.", rich_help_panel=TASK)
+    ] = False,
 ) -> None:
     """Train several rows alike and compare their quality, speed and memory.
 
@@ -336,24 +379,42 @@ def arena(
     [cyan]subquad arena[/cyan]
 
     [cyan]subquad arena --rows gla,retnet,deltanet --parameters 3M --minutes 30 --out runs/b[/cyan]
+
+    [cyan]subquad arena --list-tasks[/cyan]
+
+    [cyan]subquad arena --task mqar --rows mamba2,gla --set pairs=16[/cyan]
     """
     # A thread that spins while it waits wins time on an idle machine; on a busy one it makes models
     # this small up to a hundred times slower, and a comparison false. Set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-    from subquad.arena.command import arena_command
+    from subquad.arena.command import arena_command, list_tasks_command, task_command
 
-    settings = {
+    common = {
         "rows": rows,
         "parameters": parameters,
-        "data": data,
-        "minutes": minutes,
         "steps": steps,
-        "seq_len": seq_len,
         "batch_size": batch_size,
         "lr": lr,
         "seed": seed,
         "device": device,
     }
-    given = {name: value for name, value in settings.items() if value is not None}
-    raise typer.Exit(arena_command(out, given))
+    on_text = {"data": data, "minutes": minutes, "seq_len": seq_len}
+    on_task = {"preset": preset, "set": setting, "json": as_json or None}
+    if list_tasks:
+        list_tasks_command(as_json)
+        return
+    _refuse_strays(on_text if task else on_task, "--task" if task else "the arena on text")
+    if task:
+        given = {**common, "task": task, "preset": preset}
+        given = {name: value for name, value in given.items() if value is not None}
+        raise typer.Exit(task_command(out, given, setting or []))
+    given = {n: value for n, value in (common | on_text).items() if value is not None}
+    raise typer.Exit(arena_command(out or Path("runs/arena"), given))
+
+
+def _refuse_strays(options: Mapping[str, object], where: str) -> None:
+    """ValueError for an option that was given but would not be read."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"--{name.replace('_', '-')}: does not go with {where}; leave it out")

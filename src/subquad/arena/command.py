@@ -1,14 +1,22 @@
-"""The body of `subquad arena`."""
+"""The body of `subquad arena`: on text, on a task, or the list of tasks."""
 
+import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from subquad import tasks
 from subquad.arena.progress import ArenaProgress
 from subquad.arena.report import terminal_table, write_report
 from subquad.arena.results import ArenaConfig, ArenaResults
 from subquad.arena.run import run_arena
+from subquad.arena.task_progress import TaskProgress
+from subquad.arena.task_report import task_table, write_task_report
+from subquad.arena.task_results import TaskArenaConfig
+from subquad.arena.task_run import run_task_arena
+from subquad.train.command import parse_setting
 
 
 def arena_command(out: Path, given: dict[str, Any]) -> int:
@@ -32,6 +40,85 @@ def arena_command(out: Path, given: dict[str, Any]) -> int:
         console.print(f"Stopped before: {', '.join(results.missing)}. The same command continues.")
         return 130
     return 0
+
+
+def task_command(out: Path | None, given: dict[str, Any], settings: list[str]) -> int:
+    """Run the arena on a task and show it; the exit status: 0, or 130 if stopped.
+
+    `given`: fields of TaskArenaConfig as the user wrote them. `settings`: name=value, of the task
+    or else of TaskArenaConfig.
+    """
+    config = task_config(given, settings)
+    out = out or Path("runs") / f"arena-{config.task}"
+    console = Console()
+    with TaskProgress(console) as progress:
+        results = run_task_arena(config, out, progress.on_event)
+    page = write_task_report(results, out)
+    if results.rows:
+        console.rule()
+        console.print(task_table(results))
+        task = config.build()
+        better = "lower" if task.metric == "NMSE" else "higher"
+        console.print(
+            f"{task.metric} on new sequences, {better} is better, bold: solved; a uniform guess "
+            f"has {task.chance:.3g}; state: bytes kept of one sequence",
+            style="dim",
+        )
+    console.print(f"\n[bold]Report[/bold]  {page}", highlight=False, soft_wrap=True)
+    if results.missing:
+        console.print(f"Stopped before: {', '.join(results.missing)}. The same command continues.")
+        return 130
+    return 0
+
+
+def task_config(given: dict[str, Any], settings: list[str]) -> TaskArenaConfig:
+    """The config that the command line means."""
+    if "rows" in given:
+        given["rows"] = tuple(row.strip() for row in given["rows"].split(",") if row.strip())
+    if "parameters" in given:
+        given["parameters"] = parse_count(given["parameters"])
+    own = {field.name for field in fields(TaskArenaConfig)} - {"task", "settings"}
+    of_task = dict[str, Any]()
+    for setting in settings:
+        name, value = parse_setting(setting)
+        (given if name in own else of_task)[name] = value
+    return TaskArenaConfig(**given, settings=of_task)
+
+
+def list_tasks_command(as_json: bool) -> None:
+    """Print every task: what it measures, who solves it, where it is from."""
+    from rich.table import Table
+
+    if as_json:
+        print(json.dumps([_facts(name) for name in tasks.TASKS], indent=2, ensure_ascii=False))
+        return
+    console = Console()
+    page = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    page.add_column("task", no_wrap=True)
+    wide = console.width >= 140
+    for column in ("measures", "solved by", "from") if wide else ("what it is",):
+        page.add_column(column, overflow="fold")
+    for name in tasks.TASKS:
+        facts = _facts(name)
+        told = (facts["measures"], facts["solved_by"], facts["from"])
+        if not wide:
+            told = (f"{told[0]}\n[dim]solved by: {told[1]}\nfrom: {told[2]}[/dim]",)
+        page.add_row(name, *told)
+    console.print(page, highlight=False)
+    console.print("\nTrain rows on one:  subquad arena --task mqar --rows mamba2,gla", style="dim")
+
+
+def _facts(name: str) -> dict[str, Any]:
+    cls = tasks.TASKS[name]
+    return {
+        "task": name,
+        "measures": cls.measures,
+        "solved_by": cls.solved_by,
+        "from": cls.source,
+        "metric": cls.metric,
+        "presets": {preset: dict(values) for preset, values in cls.presets.items()},
+        "settings": {field.name: field.default for field in fields(cls)},
+    }
 
 
 def parse_count(text: str) -> int:

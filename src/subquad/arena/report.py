@@ -8,6 +8,7 @@ from typing import Any
 from subquad.arena import plots
 from subquad.arena.drawing import byte_count, count
 from subquad.arena.measure import DECODE_STEPS, DECODE_WARM_UP
+from subquad.arena.page import render
 from subquad.arena.results import (
     ArenaConfig,
     ArenaResults,
@@ -60,17 +61,8 @@ def terminal_table(results: ArenaResults) -> Any:
 
 def render_html(results: ArenaResults) -> str:
     """The page, complete in one string. Needs at least one finished row."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
     if not results.rows:
         raise ValueError("results hold no finished row, so there is nothing to report yet")
-    environment = Environment(
-        loader=PackageLoader("subquad.arena", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
     drawings = {
         "loss_wide": plots.loss_curves(results, 912, 380),
         "loss_narrow": plots.loss_curves(results, 440, 380),
@@ -79,7 +71,9 @@ def render_html(results: ArenaResults) -> str:
     }
     config, first = results.config, results.rows[0]
     number = len(results.rows)
-    return environment.get_template("report.html.jinja").render(
+    return render(
+        "report.html.jinja",
+        drawings,
         title=f"{_NUMBERS[number] if number < len(_NUMBERS) else number} "
         f"sequence mixer{'s' if number != 1 else ''}, one budget",
         config=config,
@@ -90,7 +84,6 @@ def render_html(results: ArenaResults) -> str:
         findings=_findings(results),
         rows=_page_rows(results),
         contexts=[count(context) for context in config.contexts],
-        plots={name: Markup(svg) for name, svg in drawings.items()},
         smoothing=plots.smoothing_window(results.plan.steps),
         steps=results.plan.steps,
         budgeted=config.steps is None,

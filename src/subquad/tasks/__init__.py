@@ -65,7 +65,7 @@ def get(name: str, *, preset: str = "small", **settings: Any) -> Task:
 
 
 # These need transformers, which to draw a batch does not.
-_LAZY = {"TaskModel": "model", "Score": "score", "score": "score"}
+_LAZY = {"TaskModel": "model", "Score": "scoring", "score": "scoring"}
 
 
 def __getattr__(name: str) -> Any:

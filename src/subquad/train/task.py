@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from subquad.models.device import pick_device
 from subquad.tasks import Batch, Task
 from subquad.tasks.model import TaskModel
-from subquad.tasks.score import Score, score
+from subquad.tasks.scoring import Score, score
 from subquad.train.build import autocast_dtype
 from subquad.train.config import TrainConfig
 from subquad.train.optimizer import learning_rate, make_optimizer

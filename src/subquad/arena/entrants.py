@@ -1,0 +1,48 @@
+"""Who takes part: a row, or a row with options of its own."""
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from subquad.mixers import MIXERS
+from subquad.models.config import mixer_option_names
+from subquad.recurrence.validate import choose, fail
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """`label` is what was written: `deltanet:allow_negative_eigenvalues` or just `deltanet`."""
+
+    label: str
+    row: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> "Entrant":
+        """`row`, or `row:option=value:option`, the values as JSON; an option alone is true.
+
+        Raises ValueError: an unknown row or option.
+        """
+        row, *parts = text.strip().split(":")
+        choose("rows", row, tuple(MIXERS))
+        options = {}
+        for part in parts:
+            name, equals, value = part.partition("=")
+            known = mixer_option_names(row)
+            if name not in known:
+                raise fail(f"rows, {text!r}", name, f"one of {', '.join(known)}", "rename it")
+            options[name] = _value(value) if equals else True
+        return cls(text.strip(), row, options)
+
+    @property
+    def folder(self) -> str:
+        """The label as the name of a directory."""
+        return re.sub(r"[^\w.=-]+", "-", self.label)
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -1,0 +1,199 @@
+"""What an arena on a task was asked, planned and found: records that go to JSON and back."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from subquad import tasks
+from subquad.arena.entrants import Entrant
+from subquad.arena.results import Shape
+from subquad.recurrence.validate import fail
+from subquad.tasks import Recipe, Task
+from subquad.tasks.base import check_count
+
+DEFAULT_ROWS = ("softmax_attention", "mamba", "mamba2", "gla", "gated_deltanet", "s4d")
+_TESTS_WHILE_TRAINING = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskArenaConfig:
+    """The question. Rows see the same batches in the same order. None is the recipe's value.
+
+    rows:            row names, or `row:option=value` with options of the mixer.
+    settings:        of the task, over the preset's.
+    parameters:      of every model, within 5 %; None: those of softmax attention in the recipe's
+                     shape.
+    layers:          of every model.
+    hidden_size:     of every model, which are then equally wide, and not of equal parameters.
+    eval_every:      steps between tests while training.
+    test_sequences:  in a test while training; in the end, at each length, up to `test_tokens`.
+    until_solved:    stop a row at its first solved test.
+    quadratic_limit: longest test for rows whose cost of a token grows with the context.
+    """
+
+    task: str
+    preset: str = "small"
+    settings: dict[str, Any] = field(default_factory=dict)
+    rows: tuple[str, ...] = DEFAULT_ROWS
+    parameters: int | None = None
+    layers: int | None = None
+    hidden_size: int | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    seed: int = 0
+    eval_every: int | None = None
+    test_sequences: int = 256
+    test_tokens: int = 1 << 20
+    until_solved: bool = True
+    quadratic_limit: int = 1 << 14
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(self.rows))
+        self.build()  # lets the task judge its settings
+        if not self.rows or len(set(self.rows)) != len(self.rows):
+            got = str(list(self.rows))
+            raise fail("rows", got, "at least one row and none twice", "--rows mamba2,gla")
+        self.entrants()
+        for name in ("parameters", "layers", "hidden_size", "steps", "batch_size", "eval_every"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        for name in ("test_sequences", "test_tokens", "quadratic_limit"):
+            check_count(name, getattr(self, name))
+        check_count("seed", self.seed, least=0)
+        if self.lr is not None and not self.lr > 0:
+            raise fail("lr", self.lr, "a positive number", "leave it out")
+        if self.parameters is not None and self.hidden_size is not None:
+            got = f"{self.hidden_size}, with parameters = {self.parameters}"
+            raise fail("hidden_size", got, "one of the two", "models are equally large or wide")
+
+    def build(self) -> Task:
+        """The task itself."""
+        return tasks.get(self.task, preset=self.preset, **self.settings)
+
+    def entrants(self) -> list[Entrant]:
+        return [Entrant.parse(row) for row in self.rows]
+
+    def recipe(self) -> Recipe:
+        """The preset's, with what this config says otherwise."""
+        base = asdict(tasks.TASKS[self.task].recipes[self.preset])
+        names = ("steps", "batch_size", "lr", "layers", "hidden_size")
+        own = {name: getattr(self, name) for name in names}
+        return Recipe(**base | {name: value for name, value in own.items() if value is not None})
+
+    def steps_between_tests(self) -> int:
+        return self.eval_every or max(1, self.recipe().steps // _TESTS_WHILE_TRAINING)
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """What is settled before any row is trained. `shapes` by label."""
+
+    config: TaskArenaConfig
+    environment: dict[str, Any]
+    recipe: Recipe
+    parameters: int | None  # asked of every row; None: equally wide
+    shapes: dict[str, Shape]
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "TaskPlan":
+        return cls(
+            config=TaskArenaConfig(**record["config"]),
+            environment=record["environment"],
+            recipe=Recipe(**record["recipe"]),
+            parameters=record["parameters"],
+            shapes={label: Shape(**shape) for label, shape in record["shapes"].items()},
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A trained model on one of the task's tests; `value` None if it was not run, with the reason.
+
+    error: standard error of `accuracy`, of the choice of test sequences alone.
+    """
+
+    name: str
+    positions: int
+    value: float | None
+    accuracy: float | None = None
+    whole: float | None = None
+    error: float | None = None
+    answers: int = 0
+    sequences: int = 0
+    seconds: float = 0.0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class TaskRowResult:
+    """All about one row. Entry i of `losses` belongs to `loss_steps[i]`, as with `values`."""
+
+    label: str
+    shape: Shape
+    steps: int
+    seconds: float
+    solved: int | None
+    loss_steps: list[int]
+    losses: list[float]
+    value_steps: list[int]
+    values: list[float]
+    tests: list[Outcome]
+    state_bytes: int  # of one sequence, all layers, after the training length
+    failure: str = ""  # why the training ended early
+
+    @property
+    def row(self) -> str:
+        return self.label
+
+    @property
+    def value(self) -> float | None:
+        """The metric as trained."""
+        return self.tests[0].value
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "TaskRowResult":
+        shape, tests = Shape(**record["shape"]), [Outcome(**t) for t in record["tests"]]
+        return cls(**record | {"shape": shape, "tests": tests})
+
+
+@dataclass(frozen=True)
+class TaskArenaResults:
+    """The answer so far: finished rows, in the order asked for."""
+
+    plan: TaskPlan
+    rows: list[TaskRowResult]
+
+    @property
+    def config(self) -> TaskArenaConfig:
+        return self.plan.config
+
+    @property
+    def missing(self) -> list[str]:
+        finished = {result.label for result in self.rows}
+        return [label for label in self.config.rows if label not in finished]
+
+    def to_json(self) -> dict[str, Any]:
+        task = self.config.build()
+        summary = [
+            {
+                "row": result.label,
+                "parameters": result.shape.parameters,
+                "metric": task.metric,
+                "solved_at_step": result.solved,
+                "state_bytes": result.state_bytes,
+                "tests": {test.name: test.value for test in result.tests},
+            }
+            for result in self.rows
+        ]
+        return {
+            "summary": summary,
+            "missing": self.missing,
+            "plan": asdict(self.plan),
+            "rows": [asdict(result) for result in self.rows],
+        }
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> "TaskArenaResults":
+        rows = [TaskRowResult.from_json(row) for row in record["rows"]]
+        return cls(TaskPlan.from_json(record["plan"]), rows)
