@@ -1,15 +1,17 @@
 """Continuous time: linear systems, what they remember, and what noise hides of them.
 
-    StateSpace(A, B, C, D)        discretize, solve, simulate, convolve, frequency_response
-    HiPPO("legs", N)              a memory of the whole past in N numbers; nplr, s4_kernel: its use
+StateSpace(A, B, C, D)        discretize, solve, simulate, convolve, frequency_response
+HiPPO("legs", N)              a memory of the whole past in N numbers; nplr, s4_kernel: its use
 """
 
 from subquad.ssm.cauchy import s4_kernel
 from subquad.ssm.continuous import StateSpace
 from subquad.ssm.discrete import DiscreteStateSpace
 from subquad.ssm.discretize import zero_order_hold
+from subquad.ssm.gaussian import GaussianStateSpace
 from subquad.ssm.hippo import HiPPO, legs, legt, lmu
 from subquad.ssm.initial import poles
+from subquad.ssm.kalman import Filtered, Smoothed
 from subquad.ssm.matrix import DPLR, Diagonal
 from subquad.ssm.nplr import NPLR, nplr
 
@@ -18,7 +20,10 @@ __all__ = [
     "NPLR",
     "Diagonal",
     "DiscreteStateSpace",
+    "Filtered",
+    "GaussianStateSpace",
     "HiPPO",
+    "Smoothed",
     "StateSpace",
     "legs",
     "legt",
