@@ -288,7 +288,7 @@ def test_a_noiseless_view_of_a_quiet_state_takes_the_recurrent_form():
     _, y = model.sample(20, generator=generator())
     want = statsmodels_smooth(model, y, torch.zeros(20, 1).double())
     np.testing.assert_allclose(model.smooth(y).mean.numpy(), want.smoothed_state.T, atol=1e-8)
-    with pytest.raises(ValueError, match="^form: .*recurrent"):
+    with pytest.raises(ValueError, match=r"^form: .*recurrent"):
         model.filter(y, form="parallel")
 
 

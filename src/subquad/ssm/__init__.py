@@ -1,7 +1,8 @@
 """Continuous time: linear systems, what they remember, and what noise hides of them.
 
-StateSpace(A, B, C, D)        discretize, solve, simulate, convolve, frequency_response
-HiPPO("legs", N)              a memory of the whole past in N numbers; nplr, s4_kernel: its use
+StateSpace(A, B, C, D)     discretize, solve, frequency_response; then simulate and convolve
+HiPPO("legs", N)           a memory of the whole past in N numbers; nplr and s4_kernel: its use
+GaussianStateSpace(...)    a system with noise: filter, smooth, log_likelihood, sample
 """
 
 from subquad.ssm.cauchy import s4_kernel
