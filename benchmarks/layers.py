@@ -232,15 +232,15 @@ def tune(rate: float) -> list[dict]:
         print(facts, flush=True)
         found.append(facts)
 
-    for tile, warps, stream in itertools.product((4096, 8192), (2, 4, 8), ("", "evict_first")):
-        matrix_step.TILE, matrix_step.WARPS, matrix_step.STREAM = tile, warps, stream
+    for tile, warps in itertools.product((4096, 8192), (2, 4, 8)):
+        matrix_step.TILE, matrix_step.WARPS = tile, warps
         times = {}
         for B, kind in itertools.product((1, 128), ("gla", "gated_delta")):
             call = ours_in_place(token(B, kind)[0])
             with torch.no_grad():
                 call()
                 times[f"B{B} {kind}"] = replayed(call)
-        note(tile=tile, warps=warps, stream=stream, **times)
+        note(tile=tile, warps=warps, **times)
     _, leaves, calls = convolution(False)
     for tokens, channels, warps in itertools.product((16, 32, 64), (64, 128), (1, 2, 4)):
         short_convolution.TOKENS = short_convolution.BACK_TOKENS = tokens

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -60,7 +61,11 @@ def build(name: str) -> Any:
     with torch.device("cuda"):
         model = MODELS[name]()
     model.generation_config.eos_token_id = None
-    return model.to(torch.bfloat16)
+    wide = getattr(getattr(model, "model", None), "_keep_in_fp32_modules_strict", None) or ()
+    for name, parameter in model.named_parameters():  # as from_pretrained(dtype=bfloat16) does
+        if not any(re.search(pattern, name) for pattern in wide):
+            parameter.data = parameter.data.bfloat16()
+    return model
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -78,7 +83,17 @@ def matmul_rate() -> float:
     return 2 * 8192**3 / (do_bench(lambda: a @ b, return_mode="median") * 1e-3)
 
 
-def train(name: str, batch: int, length: int, peak: float) -> dict[str, Any]:
+def profile(step: Callable[[], None], path: Path) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        step()
+        torch.cuda.synchronize()
+    table = found.key_averages().table(
+        sort_by="cuda_time_total", row_limit=40, max_name_column_width=70
+    )
+    path.write_text(table)
+
+
+def train(name: str, batch: int, length: int, peak: float, folder: Path | None) -> dict[str, Any]:
     model = build(name).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids = torch.randint(0, VOCABULARY, (batch, length), device="cuda")
@@ -93,6 +108,8 @@ def train(name: str, batch: int, length: int, peak: float) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     median = statistics.median(seconds(step) for _ in range(5))
     rate = batch * length / median
+    if folder is not None:
+        profile(step, folder / f"train-{name}.txt")
     parameters = sum(p.numel() for p in model.parameters())
     return {
         "work": "train", "model": name, "batch": batch, "length": length,
@@ -102,7 +119,7 @@ def train(name: str, batch: int, length: int, peak: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def generate(name: str, batches: list[int]) -> list[dict[str, Any]]:
+def generate(name: str, batches: list[int], folder: Path | None) -> list[dict[str, Any]]:
     model = build(name).eval()
     rows = []
     for batch in batches:
@@ -121,6 +138,8 @@ def generate(name: str, batches: list[int]) -> list[dict[str, Any]]:
             prefill = statistics.median(seconds(lambda call=call: call(1)) for _ in range(3))
             torch.cuda.reset_peak_memory_stats()
             whole = min(seconds(lambda call=call: call(NEW)) for _ in range(2))
+            if folder is not None and way != "generate()":
+                profile(lambda call=call: call(9), folder / f"generate-{name}-{batch}.txt")
             rows.append(
                 {
                     "work": "generate", "model": name, "way": way, "batch": batch,
@@ -167,6 +186,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 128])
     parser.add_argument("--work", nargs="+", default=["train", "generate"])
+    parser.add_argument("--profile", type=Path, help="folder for tables of a step's kernels")
     parser.add_argument("--out", type=Path, default=Path("models.json"))
     parser.add_argument("--plot", type=Path, help="where the plot goes, without a suffix")
     args = parser.parse_args()
@@ -188,10 +208,10 @@ def main() -> None:
     }
     for name in args.models:
         if "generate" in args.work:
-            report["rows"] += generate(name, args.batches)
+            report["rows"] += generate(name, args.batches, args.profile)
         torch.cuda.empty_cache()
         if "train" in args.work:
-            report["rows"].append(train(name, 8, 4096, peak))
+            report["rows"].append(train(name, 8, 4096, peak, args.profile))
             print(report["rows"][-1], flush=True)
         torch.cuda.empty_cache()
         args.out.write_text(json.dumps(report, indent=1))

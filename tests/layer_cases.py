@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.kernels import matrix_step, norm, short_convolution
+from subquad.kernels import matrix_step, norm, short_convolution, timestep
 from subquad.recurrence import reference
 from subquad.recurrence.convolution import _convolve
 from subquad.recurrence.norm import _plain
@@ -40,9 +40,9 @@ class Work:
         found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
         if outputs[0].requires_grad:
             torch.manual_seed(1)
-            dy = torch.randn(outputs[0].shape).to(dtype).to(outputs[0])
+            dys = [torch.randn(y.shape).to(dtype).to(y) for y in outputs]
             given = {name: x for name, x in leaves.items() if x is not None}
-            grads = torch.autograd.grad(outputs[0], list(given.values()), dy)
+            grads = torch.autograd.grad(outputs, list(given.values()), dys)
             found |= {f"d{name}": g for name, g in zip(given, grads)}
         return found
 
@@ -191,3 +191,29 @@ def gated_norm(
         return (y if gate is None else y * F.silu(gate),)
 
     return Work(ours, torch_form, inputs)
+
+
+# ---- selective step sizes
+
+
+def steps(
+    B: int = 2, T: int = 70, H: int = 3, P: int = 20, values: bool = True, lowest: float = -8.0
+) -> Work:
+    torch.manual_seed(0)
+    inputs = {
+        "x": _strided(B, T, H * P).unflatten(-1, (H, P)) if values else None,
+        "dt": lowest * torch.rand(B, T, H + 5)[..., :H] + 3, "dt_bias": torch.randn(H),
+        "A_log": torch.randn(H),
+    }  # fmt: skip
+
+    def ours(x, dt, dt_bias, A_log):
+        v, log_decay = timestep.discretise(x, dt, dt_bias, A_log)
+        return (v, log_decay) if values else (log_decay,)
+
+    def torch_form(x, dt, dt_bias, A_log):
+        kept = torch.float64 if dt.dtype == torch.float64 else torch.float32
+        step = F.softplus(dt.to(kept) + dt_bias.to(kept))
+        log_decay = -step * A_log.to(kept).exp()
+        return ((x * step[..., None]).to(x.dtype), log_decay) if values else (log_decay,)
+
+    return Work(ours, torch_form, inputs, keep=("dt_bias", "A_log"))

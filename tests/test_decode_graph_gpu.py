@@ -135,7 +135,7 @@ def test_two_caches_and_snapshots_do_not_disturb_one_another(ids, monkeypatch):
 
 
 def test_a_model_is_freed_with_its_graphs(ids):
-    torch.cuda.synchronize()
+    generate_batch(build("mamba2"), ids, max_new_tokens=4)  # the library's own workspaces stay
     gc.collect()
     before = torch.cuda.memory_allocated()
     model = build("mamba2")

@@ -8,8 +8,17 @@ import pytest
 import torch
 
 import subquad
-from layer_cases import EXTRAS, GATES, convolution, convolved_token, errors, gated_norm, token
-from subquad.kernels import matrix_step, norm, short_convolution
+from layer_cases import (
+    EXTRAS,
+    GATES,
+    convolution,
+    convolved_token,
+    errors,
+    gated_norm,
+    steps,
+    token,
+)
+from subquad.kernels import matrix_step, norm, short_convolution, timestep
 from subquad.recurrence.gpu import overwriting_states
 from subquad.recurrence.norm import gated_rms_norm, l2_norm
 
@@ -80,8 +89,16 @@ def test_norm_sizes(size):
     check(gated_norm((130, size), size, "own", "norm first"))
 
 
+@DTYPES
+@pytest.mark.parametrize("values", [True, False])
+def test_steps(values, dtype):
+    check(steps(3, 333, 32, 64, values), dtype)
+    check(steps(2, 50, 5, 20, values, lowest=-25.0), dtype)
+
+
 def test_bits_repeat():
-    for work in (convolution(B=4, T=3000, D=300), gated_norm((9000, 512), 64)):
+    works = convolution(B=4, T=3000, D=300), gated_norm((9000, 512), 64), steps(4, 3000)
+    for work in works:
         first, second = (work.results(work.ours, "cuda", BF16) for _ in range(2))
         assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -113,6 +130,7 @@ def test_opcheck():
     torch.library.opcheck(short_convolution.one_token_, (*inputs, True))
     inputs = [x.requires_grad_() for x in cuda(convolution(T=9))]
     torch.library.opcheck(short_convolution.convolve, (*inputs, None, True))
+    torch.library.opcheck(timestep.discretise, [x.requires_grad_() for x in cuda(steps(T=9))])
     x, gate, weight = (x.requires_grad_() for x in cuda(gated_norm()))
     torch.library.opcheck(norm.norm, (x, gate, weight, 20, True, 1e-5, 1.0))
 

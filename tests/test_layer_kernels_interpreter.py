@@ -48,6 +48,11 @@ def cases() -> dict[str, tuple[str, dict]]:
     found["norm: wide"] = "gated_norm", {"shape": (3, 3000), "size": 3000, "order": "gate first"}
     found["norm: wider"] = "gated_norm", {"shape": (2, 5000), "size": 5000}
     found["norm: many rows"] = "gated_norm", {"shape": (70, 64), "size": 16}
+    found["steps"] = "steps", {}
+    found["steps: no values"] = "steps", {"values": False, "T": 300}
+    found["steps: tiny"] = "steps", {"lowest": -25.0}
+    found["steps: one token"] = "steps", {"B": 3, "T": 1, "H": 5, "P": 64}
+    found["steps: bfloat16"] = "steps", {}
     found["norm: bfloat16"] = "gated_norm", {"order": "gate first", "weight": "own"}
     return found
 
@@ -88,7 +93,6 @@ def main() -> None:
     import triton_interpreter  # noqa: F401, I001 - before anything that imports Triton
     import layer_cases
     import torch
-    from subquad.kernels import matrix_step, norm, short_convolution
 
     found = {}
     for name, (function, arguments) in cases().items():
@@ -96,12 +100,17 @@ def main() -> None:
         dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
         truth = work.results(work.torch_form, "cpu", dtype, wide=True)
         found[name] = layer_cases.errors(work.results(work.ours, "cpu", dtype), truth)
-    check(torch, layer_cases, matrix_step, short_convolution, norm)
+    check()
     print(json.dumps(found))
 
 
-def check(torch, layer_cases, matrix_step, short_convolution, norm) -> None:
+def check() -> None:
     """Raise where a fake or a gradient is not as promised."""
+    import torch
+
+    import layer_cases
+    from subquad.kernels import matrix_step, norm, short_convolution, timestep
+
     q, k, v, g, beta, a, b, bonus, state = layer_cases.token("[B,T,H]", "delta").inputs.values()
     given = (q, k, v, g, beta, a, b, bonus, 0.3, state)
     torch.library.opcheck(matrix_step.step, given)
@@ -111,6 +120,8 @@ def check(torch, layer_cases, matrix_step, short_convolution, norm) -> None:
     torch.library.opcheck(short_convolution.one_token_, (*inputs, True))
     inputs = [x.requires_grad_() for x in layer_cases.convolution(T=9).inputs.values()]
     torch.library.opcheck(short_convolution.convolve, (*inputs, None, True))
+    inputs = [x.requires_grad_() for x in layer_cases.steps(T=9).inputs.values()]
+    torch.library.opcheck(timestep.discretise, inputs)
     x, gate, weight = (x.requires_grad_() for x in layer_cases.gated_norm().inputs.values())
     torch.library.opcheck(norm.norm, (x, gate, weight, 20, True, 1e-5, 1.0))
 

@@ -17,7 +17,6 @@ from .matrix import GATE_NAMES
 
 TILE = 8192  # cells of the state a program: 64 in the registers of each of its threads
 WARPS = 4
-STREAM = "evict_first"
 ERASES = ("nothing erased", "delta rule", "low-rank erase")
 
 
@@ -112,7 +111,7 @@ def _launch(
         *_strides(beta), *_strides(a), *_strides(b), scale,
         H=heads, SHARE=heads // k.shape[2], K=width, V=columns, BK=padded(width), BV=block,
         GATE=gate_kind(log_decay), ERASE=erase, BONUS=bonus is not None, START=state is not None,
-        STREAM=STREAM, num_warps=WARPS,
+        num_warps=WARPS,
     )  # fmt: skip
     return o
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from .gpu import reason_to_decline
 
 WIDEST = 16384  # channels of a group: a program holds all of one
-TILE = 2048  # numbers a program holds of each tensor, or one group's, if that is more
-STEPS = 8  # tiles that a program of the backward pass walks, to write fewer partial sums
+TILE = 1024  # numbers a program holds of each tensor, or one group's, if that is more
+STEPS = 16  # tiles that a program of the backward pass walks, to write fewer partial sums
 
 
 def supported(x: Tensor, size: int, weight: Tensor | None, gate: Tensor | None) -> str | None:
@@ -115,7 +115,7 @@ def _gradients_of(x: Tensor, gate: Tensor | None, weight: Tensor | None) -> tupl
 def _blocks(size: int) -> dict[str, int]:
     """Tile sizes: whole groups, and as many tokens as keep the tile small."""
     width = 1 << (size - 1).bit_length()
-    warps = 4 if width <= 2 * TILE else 16
+    warps = 4 if width <= 4096 else 16
     return {"BS": width, "BT": max(1, TILE // width), "num_warps": warps}
 
 

@@ -13,9 +13,10 @@ from torch import Tensor
 from .gpu import reason_to_decline
 
 WIDEST = 8  # taps, unrolled
-TOKENS, CHANNELS, WARPS = 32, 64, 4  # a tile
-BACK_TOKENS, BACK_WARPS = 32, 4  # of the pass that sums the weight's gradient over the tokens
-STEPS = 8  # tiles that a program of that pass walks, to write fewer partial sums
+CHANNELS = 64  # of a tile
+TOKENS, WARPS = 16, 1
+BACK_TOKENS, BACK_WARPS = 32, 2  # in the pass that sums the weight's gradient over the tokens
+STEPS = 16  # tiles that a program of that pass walks, to write fewer partial sums
 
 
 def supported(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None) -> str | None:

@@ -25,7 +25,7 @@ def step(
     a_row, a_head, b_row, b_head, scale,
     H: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, GATE: tl.constexpr, ERASE: tl.constexpr, BONUS: tl.constexpr,
-    START: tl.constexpr, STREAM: tl.constexpr,
+    START: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
@@ -39,7 +39,7 @@ def step(
     cells = (row * H + head) * (K * V) + channels[:, None] * V + columns[None, :]
     state_KV = tl.zeros([BK, BV], tl.float32)
     if START:
-        state_KV = tl.load(state + cells, mask=inside, other=0.0, eviction_policy=STREAM)
+        state_KV = tl.load(state + cells, mask=inside, other=0.0)
     key = head // SHARE
     q_K = tl.load(q + row * q_row + key * q_head + channels, mask=in_K, other=0.0).to(tl.float32)
     k_K = tl.load(k + row * k_row + key * k_head + channels, mask=in_K, other=0.0).to(tl.float32)
@@ -66,5 +66,5 @@ def step(
         o_V = tl.sum(q_K[:, None] * before, 0) + tl.sum(q_K * extra * k_K, 0) * v_V
     else:
         o_V = tl.sum(q_K[:, None] * state_KV, 0)
-    tl.store(new + cells, state_KV, mask=inside, eviction_policy=STREAM)
+    tl.store(new + cells, state_KV, mask=inside)
     tl.store(o + (row * H + head) * V + columns, o_V.to(o.dtype.element_ty), mask=in_V)

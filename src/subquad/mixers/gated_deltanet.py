@@ -4,7 +4,6 @@ B batch   T time   Hk key heads   H value heads   K key size   V value size
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.mixers.base import Mixer, State, divide
@@ -13,6 +12,7 @@ from subquad.mixers.init import no_weight_decay, set_log_uniform_, set_step_size
 from subquad.mixers.norms import NormThenGate, at_least_float32
 from subquad.recurrence import Delta, linear_recurrence
 from subquad.recurrence.norm import l2_norm
+from subquad.recurrence.timestep import step_decay
 from subquad.recurrence.validate import fail
 
 
@@ -103,12 +103,11 @@ class GatedDeltaNet(Mixer):
         qk = l2_norm(qk, self.head_dim).view(B, T, -1, self.head_dim)
         q, k = qk.chunk(2, dim=2)  # [B,T,Hk,K]
         beta = at_least_float32(b).sigmoid() * self.beta_scale  # [B,T,H]
-        dt = F.softplus(at_least_float32(a) + self.dt_bias)  # [B,T,H]
         o, recurrent = linear_recurrence(
             q,
             k,
             v.view(B, T, self.num_v_heads, -1),  # [B,T,H,V]
-            log_decay=-dt * at_least_float32(self.A_log).exp(),  # [B,T,H]
+            log_decay=step_decay(a, self.dt_bias, self.A_log),  # [B,T,H]
             erase=Delta(beta),
             state=past.get("recurrent"),
             cu_seqlens=cu_seqlens,

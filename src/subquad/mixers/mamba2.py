@@ -4,14 +4,14 @@ B batch   T time   H heads   G groups   P head size   N state size (the key size
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.mixers.base import Mixer, State, divide
 from subquad.mixers.convolution import ShortConvolution
 from subquad.mixers.init import no_weight_decay, set_log_uniform_, set_step_size_
-from subquad.mixers.norms import GateThenNorm, at_least_float32
+from subquad.mixers.norms import GateThenNorm
 from subquad.recurrence import linear_recurrence
+from subquad.recurrence.timestep import discretize
 
 
 class Mamba2(Mixer):
@@ -97,12 +97,12 @@ class Mamba2(Mixer):
         xBC, conv = self.conv(xBC, past.get("conv"), cu_seqlens)
         x, k, q = xBC.split_with_sizes(self.conv_sizes, -1)
         x = x.view(B, T, self.num_heads, self.head_dim)
-        dt = F.softplus(at_least_float32(dt) + self.dt_bias)  # [B,T,H]
+        v, log_decay = discretize(x, dt, self.dt_bias, self.A_log)  # [B,T,H,P], [B,T,H]
         y, recurrent = linear_recurrence(
             q.view(B, T, -1, self.state_size),  # [B,T,G,N]
             k.view(B, T, -1, self.state_size),  # [B,T,G,N]
-            (x * dt[..., None]).to(x.dtype),  # [B,T,H,P]
-            log_decay=-dt * at_least_float32(self.A_log).exp(),  # [B,T,H]
+            v,
+            log_decay=log_decay,
             scale=1.0,
             state=past.get("recurrent"),
             cu_seqlens=cu_seqlens,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,14 +72,14 @@ class StepGraph:
         with torch.inference_mode(False), torch.no_grad():
             self.tokens = tokens.clone()
             self.states = [{n: t.clone() for n, t in state.items()} for state in states]
-            side, here = torch.cuda.Stream(tokens.device), torch.cuda.current_stream(tokens.device)
+            side, here = _side_stream(tokens.device), torch.cuda.current_stream(tokens.device)
             side.wait_stream(here)
             with torch.cuda.stream(side):  # compile and choose kernels before the capture
                 self._step(model)
                 self._step(model)
             here.wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
                 self.logits = self._step(model)
 
     def _step(self, model: Any) -> Tensor:
@@ -160,6 +161,12 @@ class _Grows(Exception):
 
 
 _SHELVES: weakref.WeakKeyDictionary[Any, _Shelf] = weakref.WeakKeyDictionary()
+
+
+@lru_cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: each stream that multiplies matrices gets a workspace that stays."""
+    return torch.cuda.Stream(device)
 
 
 def _settings(tokens: Tensor) -> tuple[object, ...]:

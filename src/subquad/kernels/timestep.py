@@ -1,0 +1,106 @@
+"""Selective step sizes on a GPU, as a torch custom op over Triton kernels: dt, dt * x, decay.
+
+Differentiable in everything. The gradients of bias and A_log are summed program by program in a
+fixed order: they repeat to the bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .gpu import reason_to_decline
+from .norm import _rows
+
+WIDEST = 4096  # channels of a head
+TILE = 2048  # numbers a program holds of x
+STEPS = 8  # tiles that a program of the backward pass walks, to write fewer partial sums
+
+
+def supported(x: Tensor | None, dt: Tensor, dt_bias: Tensor, A_log: Tensor) -> str | None:
+    """None if the kernels can take these tensors, else why not."""
+    if x is not None and x.shape[3] > WIDEST:
+        return f"heads of {x.shape[3]} channels; the Triton kernels hold at most {WIDEST}"
+    return reason_to_decline(x, dt, dt_bias, A_log)
+
+
+@torch.library.custom_op("subquad::discretise", mutates_args=())
+def discretise(
+    x: Tensor | None, dt: Tensor, dt_bias: Tensor, A_log: Tensor
+) -> tuple[Tensor, Tensor]:
+    """softplus(dt + dt_bias) times x, [B,T,H,P] (empty without x), and times -exp(A_log), [B,T,H].
+
+    x [B,T,H,P]; dt [B,T,H]; dt_bias, A_log [H]. The second result is float32.
+    """
+    from .discretise import forward
+
+    v, log_decay = _results(x, dt)
+    flat, raw, sizes = None if x is None else _flat(x), _rows(dt), _sizes(x, dt)
+    tokens = raw.shape[0]
+    forward[(-(-tokens // sizes["BT"]) * sizes["H"],)](
+        dt if flat is None else flat, raw, dt_bias.contiguous(), A_log.contiguous(), v, log_decay,
+        tokens, 0 if flat is None else flat.stride(0), raw.stride(0), VALUES=x is not None, **sizes,
+    )  # fmt: skip
+    return v, log_decay
+
+
+@discretise.register_fake
+def _(x, dt, dt_bias, A_log):
+    return _results(x, dt)
+
+
+@torch.library.custom_op("subquad::discretise_backward", mutates_args=())
+def discretise_backward(
+    dv: Tensor, dlog_decay: Tensor, x: Tensor | None, dt: Tensor, dt_bias: Tensor, A_log: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x (empty without), dt, dt_bias, A_log."""
+    from .discretise import backward
+
+    dx = dt.new_empty(0) if x is None else x.new_empty(x.shape)
+    draw = dt.new_empty(dt.shape)
+    raw, sizes = _rows(dt), _sizes(x, dt)
+    flat, dflat = (raw, raw) if x is None else (_flat(x), _flat(dv))
+    tokens, heads = raw.shape[0], sizes["H"]
+    pieces = -(-tokens // (sizes["BT"] * STEPS))
+    parts = dt.new_empty(pieces, 2, heads, dtype=torch.float32)
+    backward[(pieces * heads,)](
+        dflat, dlog_decay.contiguous(), flat, raw, dt_bias.contiguous(), A_log.contiguous(),
+        dx, draw, parts, tokens, dflat.stride(0), flat.stride(0), raw.stride(0), STEPS=STEPS,
+        VALUES=x is not None, **sizes,
+    )  # fmt: skip
+    dbias, drate = parts.sum(0)
+    return dx, draw, dbias.to(dt_bias.dtype, copy=True), drate.to(A_log.dtype, copy=True)
+
+
+@discretise_backward.register_fake
+def _(dv, dlog_decay, x, dt, dt_bias, A_log):
+    dx = dt.new_empty(0) if x is None else x.new_empty(x.shape)
+    return dx, *(t.new_empty(t.shape) for t in (dt, dt_bias, A_log))
+
+
+def _save(ctx, inputs: tuple, output: tuple) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx, dv: Tensor, dlog_decay: Tensor) -> tuple:
+    dx, *others = discretise_backward(dv, dlog_decay, *ctx.saved_tensors)
+    return None if ctx.saved_tensors[0] is None else dx, *others
+
+
+discretise.register_autograd(_gradients, setup_context=_save)
+
+
+def _results(x: Tensor | None, dt: Tensor) -> tuple[Tensor, Tensor]:
+    v = dt.new_empty(0) if x is None else x.new_empty(x.shape)
+    return v, dt.new_empty(dt.shape, dtype=torch.float32)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[B,T,H,P] as [tokens, H * P] with adjacent channels: a view where its layout allows it."""
+    return _rows(x.flatten(2))
+
+
+def _sizes(x: Tensor | None, dt: Tensor) -> dict[str, int]:
+    size = 1 if x is None else x.shape[3]
+    width = 1 << (size - 1).bit_length()
+    return {"H": dt.shape[2], "P": size, "BP": width, "BT": min(128, max(1, TILE // width))}
