@@ -418,6 +418,15 @@ def arena(
     as_json: Annotated[
         bool, typer.Option("--json", help="The list, for programs.", rich_help_panel=TASK)
     ] = False,
+    scaling: Annotated[
+        bool,
+        typer.Option(
+            "--scaling",
+            help="Measure how time and memory of every row grow with T and with d. --set "
+            "tokens=[...], widths=[...], width, length, repeats, seconds.",
+            rich_help_panel="Growth",
+        ),
+    ] = False,
 ) -> None:
     """Train several rows alike and compare their quality, speed and memory.
 
@@ -432,14 +441,21 @@ def arena(
     [cyan]subquad arena --list-tasks[/cyan]
 
     [cyan]subquad arena --task mqar --rows mamba2,gla --set pairs=16[/cyan]
+
+    [cyan]subquad arena --scaling --rows mamba2,softmax_attention[/cyan]
     """
     # A thread that spins while it waits wins time on an idle machine; on a busy one it makes models
     # this small up to a hundred times slower, and a comparison false. Set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-    from subquad.arena.command import arena_command, list_tasks_command, task_command
+    from subquad.arena.command import (
+        arena_command,
+        list_tasks_command,
+        scaling_command,
+        task_command,
+    )
 
-    common = {
+    common: dict[str, object] = {
         "rows": rows,
         "parameters": parameters,
         "steps": steps,
@@ -453,11 +469,18 @@ def arena(
     if list_tasks:
         list_tasks_command(as_json)
         return
+    if scaling:
+        strays = common | on_text | on_task | {"task": task}
+        taken = ("rows", "device", "set")
+        _refuse_strays({n: v for n, v in strays.items() if n not in taken}, "--scaling")
+        given = {n: value for n, value in common.items() if value is not None}
+        scaling_command(out or Path("runs/scaling"), given, setting or [])
+        return
     _refuse_strays(on_text if task else on_task, "--task" if task else "the arena on text")
     if task:
-        given = {**common, "task": task, "preset": preset}
-        given = {name: value for name, value in given.items() if value is not None}
-        raise typer.Exit(task_command(out, given, setting or []))
+        asked = common | {"task": task, "preset": preset}
+        chosen = {name: value for name, value in asked.items() if value is not None}
+        raise typer.Exit(task_command(out, chosen, setting or []))
     given = {n: value for n, value in (common | on_text).items() if value is not None}
     raise typer.Exit(arena_command(out or Path("runs/arena"), given))
 

@@ -12,10 +12,13 @@ from subquad.arena.progress import ArenaProgress
 from subquad.arena.report import terminal_table, write_report
 from subquad.arena.results import ArenaConfig, ArenaResults
 from subquad.arena.run import run_arena
+from subquad.arena.scaling import ScalingConfig, run_scaling, write_scaling
+from subquad.arena.scaling_report import scaling_table
 from subquad.arena.task_progress import TaskProgress
 from subquad.arena.task_report import task_table, write_task_report
 from subquad.arena.task_results import TaskArenaConfig
 from subquad.arena.task_run import run_task_arena
+from subquad.recurrence.validate import fail
 from subquad.train.command import parse_setting
 
 
@@ -25,7 +28,7 @@ def arena_command(out: Path, given: dict[str, Any]) -> int:
     `given`: fields of ArenaConfig as the user wrote them; `rows` and `parameters` as text.
     """
     if "rows" in given:
-        given["rows"] = tuple(row.strip() for row in given["rows"].split(",") if row.strip())
+        given["rows"] = split_rows(given["rows"])
     if "parameters" in given:
         given["parameters"] = parse_count(given["parameters"])
     config = ArenaConfig(**given)
@@ -74,7 +77,7 @@ def task_command(out: Path | None, given: dict[str, Any], settings: list[str]) -
 def task_config(given: dict[str, Any], settings: list[str]) -> TaskArenaConfig:
     """The config that the command line means."""
     if "rows" in given:
-        given["rows"] = tuple(row.strip() for row in given["rows"].split(",") if row.strip())
+        given["rows"] = split_rows(given["rows"])
     if "parameters" in given:
         given["parameters"] = parse_count(given["parameters"])
     own = {field.name for field in fields(TaskArenaConfig)} - {"task", "settings"}
@@ -83,6 +86,32 @@ def task_config(given: dict[str, Any], settings: list[str]) -> TaskArenaConfig:
         name, value = parse_setting(setting)
         (given if name in own else of_task)[name] = value
     return TaskArenaConfig(**given, settings=of_task)
+
+
+def scaling_command(out: Path, given: dict[str, Any], settings: list[str]) -> None:
+    """Measure how time and memory grow, and show it. `settings`: fields of ScalingConfig."""
+    if "rows" in given:
+        given["rows"] = split_rows(given["rows"])
+    known = {field.name for field in fields(ScalingConfig)}
+    for setting in settings:
+        name, value = parse_setting(setting)
+        if name not in known:
+            raise fail(
+                f"--set {name}", "no such field", f"one of {', '.join(sorted(known))}", "rename it"
+            )
+        given[name] = value
+    config, console = ScalingConfig(**given), Console()
+    with console.status("measuring") as status:
+        record = run_scaling(config, lambda text: status.update(f"measuring {text}"))
+    page = write_scaling(record, out)
+    for variable in ("T", "d"):
+        console.print(scaling_table(record, variable))
+        console.print()
+    console.print(
+        "exponents p of q = c x^p, with the standard error of the slope; one layer, one sequence",
+        style="dim",
+    )
+    console.print(f"\n[bold]Report[/bold]  {page}", highlight=False, soft_wrap=True)
 
 
 def list_tasks_command(as_json: bool) -> None:
@@ -100,9 +129,9 @@ def list_tasks_command(as_json: bool) -> None:
         page.add_column(column, overflow="fold")
     for name in tasks.TASKS:
         facts = _facts(name)
-        told = (facts["measures"], facts["solved_by"], facts["from"])
+        told = [facts["measures"], facts["solved_by"], facts["from"]]
         if not wide:
-            told = (f"{told[0]}\n[dim]solved by: {told[1]}\nfrom: {told[2]}[/dim]",)
+            told = [f"{told[0]}\n[dim]solved by: {told[1]}\nfrom: {told[2]}[/dim]"]
         page.add_row(name, *told)
     console.print(page, highlight=False)
     console.print("\nTrain rows on one:  subquad arena --task mqar --rows mamba2,gla", style="dim")
@@ -119,6 +148,11 @@ def _facts(name: str) -> dict[str, Any]:
         "presets": {preset: dict(values) for preset, values in cls.presets.items()},
         "settings": {field.name: field.default for field in fields(cls)},
     }
+
+
+def split_rows(text: str) -> tuple[str, ...]:
+    """`a, b` -> ("a", "b")."""
+    return tuple(row.strip() for row in text.split(",") if row.strip())
 
 
 def parse_count(text: str) -> int:

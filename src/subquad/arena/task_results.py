@@ -1,5 +1,6 @@
 """What an arena on a task was asked, planned and found: records that go to JSON and back."""
 
+import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -50,6 +51,8 @@ class TaskArenaConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
+        # JSON has no tuples; a config read back must equal the one written.
+        object.__setattr__(self, "settings", json.loads(json.dumps(self.settings)))
         self.build()  # lets the task judge its settings
         if not self.rows or len(set(self.rows)) != len(self.rows):
             got = str(list(self.rows))

@@ -1,0 +1,433 @@
+"""Rows on tasks: equal shapes, tests at any length in flat memory, reports that stand alone."""
+
+import html
+import json
+import math
+import tracemalloc
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from rich.console import Console
+from typer.testing import CliRunner
+
+from subquad import tasks
+from subquad.arena.command import task_config
+from subquad.arena.entrants import Entrant
+from subquad.arena.scaling import (
+    QUANTITIES,
+    ScalingConfig,
+    fit_exponent,
+    kept_for_backward,
+    run_scaling,
+    write_scaling,
+)
+from subquad.arena.scaling_report import scaling_table
+from subquad.arena.task_report import (
+    findings,
+    render_task_html,
+    task_command_line,
+    task_table,
+    write_task_report,
+)
+from subquad.arena.task_results import TaskArenaConfig, TaskArenaResults
+from subquad.arena.task_run import make_plan, run_task_arena
+from subquad.cli import app
+from subquad.mixers import MIXERS
+from subquad.tasks import Batch, TaskModel
+from subquad.tasks.scoring import score
+from subquad.train import TrainConfig, TrainingError
+from subquad.train.task import train_task
+
+SMALL = {
+    "task": "induction_heads",
+    "settings": {"length": 16, "test_lengths": (32, 64)},
+    "rows": ("gla", "softmax_attention"),
+    "parameters": 40_000,
+    "steps": 12,
+    "batch_size": 4,
+    "eval_every": 6,
+    "test_sequences": 16,
+    "quadratic_limit": 40,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("arena") / "induction"
+    return run_task_arena(TaskArenaConfig(**SMALL), out), out
+
+
+# ---- models and scores
+
+
+def model_of(task, row="gla", **keywords) -> TaskModel:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32, "mixer": row}
+    return TaskModel(task, **shape | keywords)
+
+
+@pytest.mark.parametrize("row", MIXERS)
+@pytest.mark.parametrize("name", ["mqar", "hippo"])
+def test_a_score_in_pieces_is_the_score_of_one_pass(row, name):
+    task = tasks.get(name)
+    model, batches = model_of(task, row), [task.sample(3), task.sample(2, step=1)]
+    whole = score(model, task, batches, chunk=10_000)
+    pieces = score(model, task, batches, chunk=7)
+    assert whole.answers == pieces.answers and whole.sequences == pieces.sequences == 5
+    assert pieces.loss == pytest.approx(whole.loss, rel=1e-4)
+    assert pieces.value == pytest.approx(whole.value, abs=1e-4)
+
+
+class Oracle(TaskModel):
+    """Answers as it is told, to check what is counted."""
+
+    def __init__(self, task, said):
+        super().__init__(task, hidden_size=32, num_hidden_layers=1, mixer="gla")
+        self.said = said
+
+    def answer(self, hidden, batch):
+        due = batch.labels[batch.asked]
+        return self.said(due), due if due.ndim == 1 else due[:, 0]
+
+
+def test_a_score_counts_answers_sequences_and_scales():
+    parity = tasks.get("parity", shortest=8, longest=8)
+    batch = parity.sample(6)
+
+    def all_but_the_first(due):
+        right = torch.nn.functional.one_hot(due, 3).float() * 5
+        right[0] = right[0].roll(1)
+        return right
+
+    found = score(Oracle(parity, all_but_the_first), parity, [batch])
+    assert found.accuracy == 47 / 48 and found.whole == 5 / 6
+    assert found.value == pytest.approx((47 / 48 - 0.5) / 0.5)
+    assert found.error == pytest.approx(math.sqrt(47 / 48 / 48 / 48))
+    hippo = tasks.get("hippo")
+    signal = hippo.sample(4)
+    off = score(Oracle(hippo, lambda due: due[:, 0] * 0.9), hippo, [signal])
+    assert off.value == pytest.approx(0.01) and math.isnan(off.whole)
+    with pytest.raises(ValueError, match=r"batches: got none with anything asked"):
+        empty = Batch(batch.inputs, torch.full_like(batch.labels, -100))
+        score(model_of(parity), parity, [empty])
+    with pytest.raises(ValueError, match=r"chunk: got 0"):
+        score(model_of(parity), parity, [batch], chunk=0)
+
+
+def test_long_sequences_are_scored_in_the_memory_of_short_ones():
+    """What is alive at once, beside the tokens, does not grow with the length."""
+    task = tasks.get("induction_heads")
+    model, peaks = model_of(task, "mamba2"), []
+    for length in (1 << 10, 1 << 13):
+        batch = task.replace(length=length).sample(1)
+        most = 0
+
+        def watch(module, args, output):
+            nonlocal most
+            if output.past_key_values is not None:  # the last piece keeps nothing
+                alive = output.last_hidden_state.nbytes + output.past_key_values.nbytes
+                most = max(most, alive)
+
+        hook = model.body.register_forward_hook(watch)
+        tracemalloc.start()
+        kept = score(model, task, [batch], chunk=256)
+        python = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        hook.remove()
+        assert kept.answers == 1
+        peaks.append((most, python))
+    assert peaks[0][0] == peaks[1][0] > 0
+    assert peaks[1][1] < 2 * peaks[0][1] + (1 << 20)
+
+
+@pytest.mark.slow
+def test_a_million_tokens_leave_the_process_as_small_as_it_was():
+    import resource
+
+    task = tasks.get("induction_heads")
+    model = model_of(task, "mamba2")
+    score(model, task, [task.replace(length=1 << 14).sample(1)])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    score(model, task, [task.replace(length=1 << 20).sample(1)])
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    assert (
+        grown < 100e6
+    )  # the tokens and labels themselves: 16 bytes each, 17 MB, and as much again
+
+
+def test_signals_have_no_unused_embedding():
+    model = model_of(tasks.get("hippo"))
+    used = tasks.get("hippo").sample(2)
+    model.loss(used).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+# ---- training
+
+
+def config_for(steps=8, **settings) -> TrainConfig:
+    shape = {"mixer": "gla", "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
+    given = {"steps": steps, "batch_size": 4, "eval_every": 4, "device": "cpu", **settings}
+    return TrainConfig(model=shape, **given)
+
+
+def test_training_twice_ends_in_the_same_weights_and_learns():
+    task = tasks.get("copying", symbols=2, memory=2, pause=3)
+    first, second = (train_task(task, config_for(120, lr=1e-2, eval_every=40)) for _ in range(2))
+    for a, b in zip(first.model.parameters(), second.model.parameters()):
+        assert torch.equal(a, b)
+    losses = [r["loss"] for r in first.history if r["kind"] == "train"]
+    assert losses[-1] < 0.5 * losses[0]
+    assert first.history[-1]["kind"] == "test" and not first.interrupted
+
+
+def test_training_stops_at_the_first_solved_test_unless_told_not_to():
+    task = tasks.get("copying", symbols=2, memory=1, pause=1)
+    config = config_for(400, lr=1e-2, eval_every=20)
+    early = train_task(task, config, sequences=64)
+    assert early.solved == early.step < 400 and not early.interrupted
+    assert early.history[-1]["value"] >= task.solved
+    full = train_task(task, config_for(100, lr=1e-2, eval_every=20), until_solved=False)
+    assert full.step == 100
+
+
+def test_a_loss_that_is_no_number_is_an_error_in_training_and_a_result_in_the_arena(monkeypatch):
+    monkeypatch.setattr(TaskModel, "loss", lambda self, batch: self.head.weight.sum() * math.nan)
+    with pytest.raises(TrainingError, match=r"step 8: the loss is nan"):
+        train_task(tasks.get("copying"), config_for())
+    results = run_task_arena(TaskArenaConfig(**SMALL | {"rows": ("gla",)}))
+    (row,) = results.rows
+    assert row.failure and row.value is None and row.solved is None
+    assert html.escape(row.failure, quote=False) in render_task_html(results).replace("&#39;", "'")
+    json.dumps(results.to_json(), allow_nan=False)
+
+
+# ---- the arena
+
+
+def test_rows_are_equally_large_and_deep_or_equally_wide():
+    config = TaskArenaConfig(task="mqar", rows=tuple(MIXERS))
+    plan = make_plan(config)
+    for row, shape in plan.shapes.items():
+        assert abs(shape.parameters - plan.parameters) <= 0.05 * plan.parameters, row
+        assert shape.model["num_hidden_layers"] == 2
+    wide = make_plan(TaskArenaConfig(task="mqar", hidden_size=32, layers=1, rows=("gla", "mamba")))
+    assert wide.parameters is None
+    for shape in wide.shapes.values():
+        assert (shape.model["hidden_size"], shape.model["num_hidden_layers"]) == (32, 1)
+
+
+def test_rows_may_have_options():
+    entrant = Entrant.parse("deltanet:allow_negative_eigenvalues:num_heads=2")
+    assert entrant.options == {"allow_negative_eigenvalues": True, "num_heads": 2}
+    assert "/" not in entrant.folder and ":" not in entrant.folder
+    plan = make_plan(TaskArenaConfig(task="parity", rows=(entrant.label, "deltanet")))
+    model = TaskModel(tasks.get("parity"), **plan.shapes[entrant.label].model)
+    assert model.body.layers[0].mixer.beta_scale == 2.0
+    with pytest.raises(ValueError, match=r"rows, 'gla:colour=1': got colour; expected one of"):
+        TaskArenaConfig(task="parity", rows=("gla:colour=1",))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"task": "mqa"}, r"name: got 'mqa'"),
+        ({"rows": ("gal",)}, r"rows: got 'gal'; expected one of"),
+        ({"rows": ("gla", "gla")}, r"rows: got"),
+        ({"rows": ()}, r"rows: got"),
+        ({"settings": {"pears": 3}}, r"pears: got no such setting"),
+        ({"steps": 0}, r"steps: got 0"),
+        ({"lr": -1.0}, r"lr: got -1.0"),
+        ({"parameters": 1000, "hidden_size": 32}, r"hidden_size: got 32, with parameters"),
+        ({"preset": "huge"}, r"preset: got 'huge'"),
+    ],
+)
+def test_questions_that_make_no_sense_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        TaskArenaConfig(**{"task": "mqar", **given})
+
+
+def test_results_hold_curves_tests_and_what_was_left_out(finished):
+    results, out = finished
+    assert not results.missing
+    for row in results.rows:
+        assert row.steps == 12 and row.value_steps == [6, 12] and row.loss_steps == [10, 12]
+        names = [test.name for test in row.tests]
+        assert names == ["length 16", "length 32", "length 64"]
+        assert row.state_bytes > 0
+    gla, attention = results.rows
+    assert all(test.value is not None for test in gla.tests)
+    assert attention.tests[2].value is None and "quadratic_limit" in attention.tests[2].reason
+    stored = json.loads((out / "gla" / "result.json").read_text())
+    assert stored["shape"]["model"]["mixer"] == "gla"
+    again = TaskArenaResults.from_json(json.loads(json.dumps(results.to_json())))
+    assert again == results
+
+
+def test_a_finished_arena_is_read_back_and_another_question_refused(finished, monkeypatch):
+    results, out = finished
+    monkeypatch.setattr("subquad.arena.task_run.train_task", None)  # nothing is trained again
+    assert run_task_arena(TaskArenaConfig(**SMALL), out).rows == results.rows
+    with pytest.raises(ValueError, match=r"arena begun otherwise \(seed was 0, now 1"):
+        run_task_arena(TaskArenaConfig(**SMALL, seed=1), out)
+
+
+def test_a_stopped_arena_goes_on_with_the_row_it_was_at(tmp_path, monkeypatch):
+    import subquad.arena.task_run as run
+
+    real = run.train_task
+
+    def stopped(task, config, **options):
+        result = real(task, config, **options)
+        result.interrupted = "softmax" in config.model_keywords["mixer"]
+        return result
+
+    monkeypatch.setattr(run, "train_task", stopped)
+    half = run_task_arena(TaskArenaConfig(**SMALL), tmp_path / "a")
+    assert [row.label for row in half.rows] == ["gla"] and half.missing == ["softmax_attention"]
+    assert "Not finished" in render_task_html(half)
+    monkeypatch.setattr(run, "train_task", real)
+    assert not run_task_arena(TaskArenaConfig(**SMALL), tmp_path / "a").missing
+
+
+class Outline(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.outside, self.svgs = [], 0
+
+    def handle_starttag(self, tag, attributes):
+        self.svgs += tag == "svg"
+        for name, value in attributes:
+            if name in ("src", "href") and value and not value.startswith("#"):
+                self.outside.append(value)
+        if tag in ("script", "link", "iframe"):
+            self.outside.append(tag)
+
+
+def test_the_page_stands_alone_and_the_table_fits_a_terminal(finished, tmp_path):
+    results, _ = finished
+    page = write_task_report(results, tmp_path).read_text()
+    outline = Outline()
+    outline.feed(page)
+    assert not outline.outside and outline.svgs == 4
+    assert "Gu and Dao 2023" in page and "not run" in page
+    console = Console(width=80, record=True)
+    console.print(task_table(results))
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    assert "softmax_attention" in text and "length" in text
+    assert any("Not solved in 12 steps" in sentence for sentence in findings(results))
+
+
+def test_the_command_line_of_a_report_asks_the_same_again():
+    config = TaskArenaConfig(
+        task="mqar",
+        rows=("gla", "deltanet:num_heads=2"),
+        settings={"pairs": 4, "test_sizes": []},
+        steps=7,
+        lr=1e-3,
+        eval_every=3,
+    )
+    words = task_command_line(config).split()
+    assert words[:4] == ["subquad", "arena", "--task", "mqar"]
+    sets = [words[i + 1].strip("'") for i, word in enumerate(words) if word == "--set"]
+    given = {"task": "mqar", "rows": "gla,deltanet:num_heads=2", "steps": 7, "lr": 1e-3}
+    assert "--steps 7" in " ".join(words)
+    assert task_config(given, sets) == config
+
+
+# ---- scaling
+
+
+def test_a_slope_is_found_with_its_error():
+    exact = fit_exponent([1, 2, 4, 8], [3 * x**1.5 for x in (1, 2, 4, 8)])
+    assert exact.value == pytest.approx(1.5) and exact.error == pytest.approx(0, abs=1e-7)
+    # By hand: log y = 0, 1, 1 over log x = 0, 1, 2 has slope 1/2, residuals 1/6, -1/3, 1/6.
+    rough = fit_exponent([1, math.e, math.e**2], [1, math.e, math.e])
+    assert rough.value == pytest.approx(0.5)
+    assert rough.error == pytest.approx(math.sqrt((1 / 36 + 1 / 9 + 1 / 36) / 1 / 2))
+    assert fit_exponent([1, 2], [1, 2]) is None
+
+
+def test_bytes_kept_are_those_of_the_graph():
+    layer = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
+    # The first product keeps its input, tanh its output, which the second product shares.
+    assert kept_for_backward(layer, torch.randn(5, 8)) == 4 * 5 * (8 + 16)
+
+
+def test_scaling_finds_what_is_exact_and_reports_it(tmp_path):
+    config = ScalingConfig(
+        rows=("softmax_attention", "mamba2", "gla"),
+        tokens=(32, 64, 128),
+        widths=(128, 256, 384),
+        width=128,
+        length=32,
+        repeats=1,
+        device="cpu",
+    )
+    record = run_scaling(config)
+    rows = {row["row"]: row["exponents"] for row in record["rows"]}
+    assert rows["softmax_attention"]["T"]["decode bytes"]["value"] == pytest.approx(1, abs=0.01)
+    assert rows["mamba2"]["T"]["decode bytes"]["value"] == pytest.approx(0, abs=1e-9)
+    assert rows["gla"]["T"]["train bytes"]["value"] == pytest.approx(1, abs=0.2)
+    assert set(rows["gla"]["d"]) == set(QUANTITIES)
+    assert record["rows"][0]["claimed"] == {"train": "O(T²·d)", "decode": "O(T·d)"}
+    page = write_scaling(record, tmp_path).read_text()
+    outline = Outline()
+    outline.feed(page)
+    assert not outline.outside and outline.svgs == 6
+    console = Console(width=100, record=True)
+    console.print(scaling_table(json.loads((tmp_path / "scaling.json").read_text()), "T"))
+    assert "O(T²·d)" in console.export_text()
+
+
+def test_a_series_ends_where_it_takes_too_long():
+    config = ScalingConfig(
+        rows=("gla",), tokens=(16, 32, 64), widths=(32, 64, 128), length=16, seconds=1e-9, repeats=1
+    )
+    (row,) = run_scaling(config)["rows"]
+    assert len(row["in_tokens"]) == len(row["in_width"]) == 1
+    assert set(row["exponents"]["T"].values()) == {None}
+    with pytest.raises(ValueError, match=r"tokens: got \[8, 4, 2\]; expected three numbers"):
+        ScalingConfig(tokens=(8, 4, 2))
+
+
+# ---- the command line
+
+
+def run(*words: str):
+    return CliRunner().invoke(app, ["arena", *words])
+
+
+def test_the_list_tells_of_every_task():
+    text = run("--list-tasks").output
+    assert all(name in text for name in tasks.TASKS)
+    listed = json.loads(run("--list-tasks", "--json").output)
+    assert [entry["task"] for entry in listed] == list(tasks.TASKS)
+    assert all(entry["measures"] and entry["solved_by"] and entry["from"] for entry in listed)
+
+
+def test_the_command_trains_and_reports(tmp_path):
+    words = "--task copying --rows gla --steps 4 --batch-size 2 --set memory=2 --set pause=4"
+    more = "--set test_sequences=4 --set test_pauses=[8] --parameters 40k --device cpu"
+    result = run(*words.split(), *more.split(), "--out", str(tmp_path / "run"))
+    assert result.exit_code == 0, result.output
+    assert "pause" in result.output and (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--task mqar --minutes 3", "--minutes: does not go with --task"),
+        ("--preset published", "--preset: does not go with the arena on text"),
+        ("--task mqar --set colour=red", "colour: got no such setting"),
+        ("--task nothing", "name: got 'nothing'"),
+        ("--scaling --task mqar", "--task: does not go with --scaling"),
+        ("--scaling --set colour=1", "--set colour: got no such field"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(words, message):
+    result = run(*words.split())
+    assert isinstance(result.exception, ValueError) and message in str(result.exception)
