@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=list(PARTS))
     parser.add_argument("--shape", nargs=6, type=int, default=(8, 4096, 16, 16, 128, 128),
                         metavar=("B", "T", "H", "HK", "K", "V"))  # fmt: skip
-    parser.add_argument("--chunks", nargs="+", type=int, default=[64])
+    parser.add_argument("--chunks", nargs="+", type=int, default=[32])
     parser.add_argument("--columns", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--warps", nargs="+", type=int, default=[4, 8])
     parser.add_argument("--stages", nargs="+", type=int, default=[1, 2])

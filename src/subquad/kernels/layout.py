@@ -36,9 +36,9 @@ def choose_tiles(contracted: int, dtype: torch.dtype, gate: int) -> Tiles:
     wide = padded(contracted) > 128
     if dtype != torch.bfloat16:  # twice the bytes, and several passes per product
         return Tiles(32, 64, 8 if wide else 4, 1)
-    if gate == KEY:
-        return Tiles(32, 64, 8, 2) if wide else Tiles(32, 64, 4, 3)
-    return Tiles(64, 64, 8, 1) if wide else Tiles(64, 64, 4, 2)
+    if wide:
+        return Tiles(32, 64, 8, 2)
+    return Tiles(32, 64, 4, 3 if gate == KEY else 4)
 
 
 def padded(size: int) -> int:

@@ -1,4 +1,4 @@
-"""The Triton kernels behind every row without erasing: one scan, used four times.
+"""The Triton kernel behind every row without erasing and without gates per key channel.
 
 With reader r, writer w, values x and gate products over the tokens between j and i, the scan is
 
@@ -10,319 +10,100 @@ and the recurrence and its three gradients differ only in who plays which part:
     o  : r, w, x = q, k, v                 dv : r, w, x = k, q, do, REVERSE
     dq : r, w, x = do, v, k, OUT           dk : r, w, x = v, do, q, OUT, REVERSE
 
-A gate per key channel lies along the contracted axis in o and dv, and along the output axis (OUT)
-in dq and dk. A program owns one segment of one head and BN output columns; it walks the segment in
-chunks, the state [BM, BN] in registers. `docs/kernels.md` explains the choices.
-
-Shape suffixes: C tokens of a chunk, M contracted channels, N output channels of the program.
+OUT says that the output's channels are those of the keys. A program owns one segment of one head
+and BN output columns; it walks the segment in chunks, the state [BN, BM] in registers. Outputs and
+state stand with their columns as rows of the products: so the state is a product's left operand
+where it lies, and never passes through shared memory. `docs/kernels.md` explains the choices.
+`scan_key.py` is the scan with gates per key channel.
 """
 
 import triton
 import triton.language as tl
 
-# exp(-104) is 0 in float32, so clamping one step's log decay there changes no result, and -inf
-# (forget everything) cannot meet another -inf in a difference.
-FLOOR = tl.constexpr(-104.0)
-LOG2E = tl.constexpr(1.4426950408889634)
-FLOOR2 = tl.constexpr(-151.0)  # the same for powers of two
-# A factor exp(+-FARTHEST) times any sane activation stays inside bfloat16's and float32's range.
-FARTHEST = tl.constexpr(40.0)
-
-# Kinds of gate (GATE): which tensor, and how it varies.
-NONE = tl.constexpr(0)
-HEAD_FIXED = tl.constexpr(1)
-HEAD = tl.constexpr(2)
-KEY = tl.constexpr(3)
+from .tiles import FLOOR2, HEAD, HEAD_FIXED, LOG2E, NONE, gap, load_tile, locate
 
 
 @triton.jit
-def locate(segment, table, tokens, length, per_row, PACKED: tl.constexpr, C: tl.constexpr):
-    """First token, length, and first chunk (counted over the whole call) of a segment."""
-    if PACKED:
-        begin = tl.load(table + segment * 3)
-        length = tl.load(table + segment * 3 + 1).to(tl.int32)
-        chunk = tl.load(table + segment * 3 + 2)
-    else:
-        row = (segment // per_row).to(tl.int64)
-        offset = (segment % per_row) * length
-        begin = row * tokens + offset
-        chunk = row * tl.cdiv(tokens, C) + offset // C
-        length = tl.minimum(length, tokens - offset)
-    return begin, length, chunk
-
-
-@triton.jit
-def load_tile(base, rows, cols, stride, count, WIDTH: tl.constexpr, EVEN: tl.constexpr):
-    mask = rows[:, None] < count
-    if not EVEN:
-        mask = mask & (cols[None, :] < WIDTH)
-    return tl.load(base + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def load_gates(base, rows, cols, stride, count, WIDTH: tl.constexpr, EVEN: tl.constexpr):
-    return tl.maximum(load_tile(base, rows, cols, stride, count, WIDTH, EVEN), FLOOR)
-
-
-@triton.jit
-def sum_gates(select, gates, PARTS: tl.constexpr):
-    """select @ gates for a 0/+-1 matrix: sums on the tensor cores.
-
-    The gates go as PARTS bfloat16 numbers each: one holds bfloat16 gates, three any float32.
-    """
-    select = select.to(tl.bfloat16)
-    part = gates.to(tl.bfloat16)
-    total = tl.dot(select, part)
-    if PARTS > 1:
-        rest = gates.to(tl.float32) - part.to(tl.float32)
-        part = rest.to(tl.bfloat16)
-        total = tl.dot(select, part, total)
-        if PARTS > 2:
-            part = (rest - part.to(tl.float32)).to(tl.bfloat16)
-            total = tl.dot(select, part, total)
-    return total
-
-
-@triton.jit
-def along(vector, OUT: tl.constexpr):
-    """A vector over the gated axis of the state [M, N]."""
-    if OUT:
-        return vector[None, :]
-    else:
-        return vector[:, None]
-
-
-@triton.jit
-def read_state(r, state, WHOLE: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr):
-    """r @ state. WHOLE: as two parts of 8 bits, so that hardly any of the state's bits is lost."""
-    high = state.to(DOT)
-    y = tl.dot(r, high, input_precision=PREC)
-    if WHOLE and DOT.primitive_bitwidth == 16:
-        y = tl.dot(r, (state - high.to(tl.float32)).to(DOT), y, input_precision=PREC)
-    return y
-
-
-@triton.jit
-def all_fit(fits, chunks):
-    """Whether near_chunk may take all chunks of a segment."""
-    one = tl.arange(0, 128)
-    least = tl.full([128], 1, tl.int32)
-    for begin in range(0, chunks, 128):
-        here = tl.load(fits + begin + one, mask=begin + one < chunks, other=1)
-        least = tl.minimum(least, here)
-    return tl.min(least, 0) != 0
-
-
-@triton.jit
-def gap(C: tl.constexpr, REVERSE: tl.constexpr):
-    """How many tokens the reader of a (row, column) pair stands after the writer."""
-    t = tl.arange(0, C)
-    if REVERSE:
-        return t[None, :] - t[:, None]
-    else:
-        return t[:, None] - t[None, :]
-
-
-@triton.jit
-def head_decays(sums, parts, t, count, REVERSE: tl.constexpr, BONUS: tl.constexpr,
-                PRECISE: tl.constexpr):  # fmt: skip
+def head_decays(sums, fractions, REVERSE: tl.constexpr, BONUS: tl.constexpr,
+                PRECISE: tl.constexpr, C: tl.constexpr):  # fmt: skip
     """A head's log2 decays: of each pair, up to the reader, after the writer, over the chunk.
 
-    PRECISE: whole numbers and fractions apart, since the difference of two large sums has lost
-    the last bits of its fraction.
+    A pair's row is its writer and its column its reader. PRECISE: whole numbers and fractions
+    apart, since the difference of two large sums has lost the last bits of its fraction.
     """
-    real = tl.minimum(t, count - 1)  # past the end, nothing decays
-    whole = tl.load(sums + real)
+    t = tl.arange(0, C)
+    whole = tl.load(sums + t)
     read_whole = whole
-    total = tl.load(sums + count - 1)
+    total = tl.load(sums + C - 1)
     after = total - whole
-    before = tl.minimum(t, count) - 1
     if BONUS:  # the reader stands before its own gate
-        read_whole = tl.load(sums + before, mask=t > 0, other=0.0)
+        read_whole = tl.load(sums + t - 1, mask=t > 0, other=0.0)
     to_reader = read_whole
     if REVERSE:
-        pair = read_whole[None, :] - whole[:, None]
-    else:
         pair = read_whole[:, None] - whole[None, :]
+    else:
+        pair = read_whole[None, :] - whole[:, None]
     if PRECISE:
-        part = tl.load(parts + real)
+        part = tl.load(fractions + t)
         read_part = part
-        all_parts = tl.load(parts + count - 1)
+        all_parts = tl.load(fractions + C - 1)
         after += all_parts - part
         if BONUS:
-            read_part = tl.load(parts + before, mask=t > 0, other=0.0)
+            read_part = tl.load(fractions + t - 1, mask=t > 0, other=0.0)
         to_reader += read_part
         total += all_parts
         if REVERSE:
-            pair += read_part[None, :] - part[:, None]
-        else:
             pair += read_part[:, None] - part[None, :]
+        else:
+            pair += read_part[None, :] - part[:, None]
     return pair, to_reader, after, total
 
 
 @triton.jit
-def near_chunk(r, w, x, partner, state, gates, first, last, keep, PARTS: tl.constexpr,
-               OUT: tl.constexpr, REVERSE: tl.constexpr, BONUS: tl.constexpr, READ: tl.constexpr,
-               SLOPES: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
-               C: tl.constexpr):  # fmt: skip
-    """A chunk gated per key channel, decays factored about its middle: matrix products only.
-
-    first, last: the summed gates before and from the middle. The caller has made sure that
-    exp(+-their size) is harmless. Returns y, the dots of y with its partner, and the state.
-    """
-    t = tl.arange(0, C)
-    middle: tl.constexpr = C // 2
-    up = (t[None, :] >= middle) & (t[None, :] <= t[:, None])
-    down = (t[None, :] < middle) & (t[None, :] > t[:, None])
-    select = tl.where(up, 1.0, 0.0) - tl.where(down, 1.0, 0.0)
-    since = sum_gates(select, gates, PARTS)  # the middle; before it, negative
-    # The later token of a pair gains exp(since), the earlier exp(-since), whichever of r and w
-    # holds it: `row` for r, `column` for w.
-    if REVERSE:
-        row, column = -since, since
-        enter, leave = last, first
-    else:
-        row, column = since, -since
-        enter, leave = first, last
-    if BONUS:  # the reader stands before its own gate
-        if REVERSE:
-            column -= gates.to(tl.float32)
-        else:
-            row -= gates.to(tl.float32)
-    entered = state * along(tl.exp(enter), OUT)
-    y = tl.zeros([C, state.shape[1]], tl.float32)
-    dots = y
-    if OUT:
-        moved = (x * tl.exp(column)).to(DOT)
-        if READ:
-            scores = tl.dot(r, tl.trans(w), input_precision=PREC)
-            scores = tl.where(keep, scores, 0.0).to(DOT)
-            y = read_state(r, entered, SLOPES, DOT, PREC)
-            y = tl.dot(scores, moved, y, input_precision=PREC)
-            row = tl.exp(row)
-            if SLOPES:
-                dots = (partner * row).to(DOT) * y
-            y *= row
-        state = tl.dot(tl.trans(w), moved, entered, input_precision=PREC)
-    else:
-        moved = (w * tl.exp(column)).to(DOT)
-        if READ:
-            reads = (r * tl.exp(row)).to(DOT)
-            scores = tl.dot(reads, tl.trans(moved), input_precision=PREC)
-            scores = tl.where(keep, scores, 0.0).to(DOT)
-            y = tl.dot(reads, entered.to(DOT), input_precision=PREC)
-            y = tl.dot(scores, x, y, input_precision=PREC)
-        state = tl.dot(tl.trans(moved), x, entered, input_precision=PREC)
-    return y, dots, state * along(tl.exp(leave), OUT)
+def fixed_decays(distance, step_gate, t, count, BONUS: tl.constexpr):
+    """The same for a gate that never changes: log2 decays as multiples of one step's."""
+    reader = t.to(tl.float32)
+    if not BONUS:
+        reader += 1.0
+    after = tl.maximum(count - 1 - t, 0).to(tl.float32) * step_gate
+    return distance * step_gate, reader * step_gate, after, count.to(tl.float32) * step_gate
 
 
 @triton.jit
-def far_chunk(r, w, x, partner, state, gates, total, PARTS: tl.constexpr,
-              OUT: tl.constexpr, REVERSE: tl.constexpr, BONUS: tl.constexpr, READ: tl.constexpr,
-              SLOPES: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
-              C: tl.constexpr):  # fmt: skip
-    """The same for any gates: every pair of tokens is factored about a boundary between the two.
-
-    Blocks of 2, 4, 8, ... tokens are cut in halves; a pair with the writer in the left half and
-    the reader in the right one decays by exp(gates after the writer in the left half) times
-    exp(gates up to the reader in the right half). Neither factor exceeds 1, whatever the gates.
-    """
-    t = tl.arange(0, C)
-    i = t[:, None]
-    s = t[None, :]
-    if BONUS:
-        before = tl.exp(sum_gates(tl.where(s < i, 1.0, 0.0), gates, PARTS))
-    else:
-        before = tl.exp(sum_gates(tl.where(s <= i, 1.0, 0.0), gates, PARTS))
-    after = tl.exp(sum_gates(tl.where(s > i, 1.0, 0.0), gates, PARTS))
-    if REVERSE:
-        read, write = after, before
-    else:
-        read, write = before, after
-    y = tl.zeros([C, state.shape[1]], tl.float32)
-    dots = y
-    scores = tl.zeros([C, C], tl.float32)
-    if READ:
-        if OUT:
-            y = read_state(r, state, SLOPES, DOT, PREC)
-            if SLOPES:
-                dots = (partner * read).to(DOT) * y
-            y *= read
-            scores = tl.dot(r, tl.trans(w), input_precision=PREC)
-        else:
-            y = tl.dot((r * read).to(DOT), state.to(DOT), input_precision=PREC)
-        size = 1
-        while size < C:
-            right = (i & size) != 0
-            near = (i // (2 * size)) == (s // (2 * size))
-            boundary = (i // size) * size  # of a right half: where it begins
-            if BONUS:
-                ours = tl.where(right, (s >= boundary) & (s < i), (s > i) & (s < boundary + size))
-            else:
-                ours = tl.where(right, (s >= boundary) & (s <= i), (s > i) & (s < boundary + size))
-            factor = tl.exp(sum_gates(tl.where(ours, 1.0, 0.0), gates, PARTS))
-            if REVERSE:
-                keep = near & ((i & size) == 0) & ((s & size) != 0)
-            else:
-                keep = near & ((i & size) != 0) & ((s & size) == 0)
-            if OUT:
-                part = tl.where(keep, scores, 0.0).to(DOT)
-                pairs = tl.dot(part, (x * factor).to(DOT), input_precision=PREC)
-                if SLOPES:
-                    dots += (partner * factor).to(DOT) * pairs
-                y += pairs * factor
-            else:
-                part = tl.dot((r * factor).to(DOT), tl.trans((w * factor).to(DOT)),
-                              input_precision=PREC)  # fmt: skip
-                scores += tl.where(keep, part, 0.0)
-            size *= 2
-        undecayed = tl.sum(r.to(tl.float32) * w.to(tl.float32), 1)  # a token reads its own write
-        if OUT:
-            if not BONUS:
-                y += undecayed[:, None] * x
-        else:
-            if not BONUS:
-                scores += tl.where(i == s, undecayed[:, None], 0.0)
-            y = tl.dot(scores.to(DOT), x, y, input_precision=PREC)
-    state = state * along(tl.exp(total), OUT)
-    if OUT:
-        state = tl.dot(tl.trans(w), (x * write).to(DOT), state, input_precision=PREC)
-    else:
-        state = tl.dot(tl.trans((w * write).to(DOT)), x, state, input_precision=PREC)
-    return y, dots, state
+def read_state(state, r, WHOLE: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr):
+    """state @ r^T. WHOLE: as two parts of 8 bits, so that hardly any of its bits is lost."""
+    high = state.to(DOT)
+    y = tl.dot(high, tl.trans(r), input_precision=PREC)
+    if WHOLE and DOT.primitive_bitwidth == 16:
+        low = (state - high.to(tl.float32)).to(DOT)
+        y = tl.dot(low, tl.trans(r), y, input_precision=PREC)
+    return y
 
 
-@triton.jit(do_not_specialize=["tokens", "seg_len", "per_row", "in_all"])
+@triton.jit(do_not_specialize=["tokens", "seg_len", "per_row", "chunks_in_all"])
 def scan(
-    r, w, x, y, partner, gate, first, last, fits, bonus, start, finish, totals, ends,
-    reads, dgate, dbonus,
-    table, tokens, seg_len, per_row, in_all, y_scale, start_scale, finish_scale, one,
+    r, w, x, y, partner, gate, sums, fractions, bonus, start, finish, totals, ends, reads, dbonus,
+    table, tokens, seg_len, per_row, chunks_in_all, y_scale, start_scale, finish_scale, one,
     r_head, w_head, x_head, partner_head, gate_head,
     r_token: tl.constexpr, w_token: tl.constexpr, x_token: tl.constexpr,
-    partner_token: tl.constexpr, gate_token: tl.constexpr,
+    partner_token: tl.constexpr,
     H: tl.constexpr, R_SHARE: tl.constexpr, W_SHARE: tl.constexpr, X_SHARE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
-    GATE: tl.constexpr, FIXED: tl.constexpr, OUT: tl.constexpr, REVERSE: tl.constexpr,
-    BONUS: tl.constexpr, READ: tl.constexpr, START: tl.constexpr, FINISH: tl.constexpr,
-    KEEP_READS: tl.constexpr, GATE_GRAD: tl.constexpr, FAR: tl.constexpr, PACKED: tl.constexpr,
-    PARTS: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+    GATE: tl.constexpr, OUT: tl.constexpr, REVERSE: tl.constexpr, BONUS: tl.constexpr,
+    READ: tl.constexpr, START: tl.constexpr, FINISH: tl.constexpr, SLOPES: tl.constexpr,
+    PACKED: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One segment, one head, BN output columns. See the module's docstring for the parts.
 
     start, finish: states [segments, H, K, V] in and out; READ=False only carries the state, and
     leaves the segment's summed gates in `totals`.
 
-    Gates per key channel take two launches: one leaves out the segments with a chunk too far for
-    near_chunk, and FAR takes those. Neither compiles to what the other does well: with both paths
-    in one loop, no load is fetched ahead and the registers of one spill for the other's sake.
-
     A gate's gradient is the sum over the tokens from it on of q.dq - k.dk, plus the state's
-    product with its own gradient at the segment's end. KEEP_READS (in dq) stores q.dq in `reads`;
-    GATE_GRAD (in dk) takes them up, and the `ends` that dq has left; `partner` is q and k there.
-    (Per head, it leaves k.dk in its own `reads` and that product in `totals` to `sum_slopes`.)
-    Both sums see every pair of tokens once and all but the pairs across the gate must cancel, to
-    the bit: each dot takes its partner as rounded as the other scan takes it, and the state is
-    read whole.
+    product with its own gradient at the segment's end (`ends`, which dq has left; dk leaves the
+    product in `totals`). SLOPES (in dq and dk) stores the dots of y with its partner, q or k, in
+    `reads`, for `sum_slopes`. Both sums see every pair of tokens once and all but the pairs across
+    the gate must cancel, to the bit: each dot takes its partner as rounded as the other scan takes
+    it, and the state is read whole.
     """
     BLOCKS: tl.constexpr = (N + BN - 1) // BN
     pid = tl.program_id(0)
@@ -331,19 +112,13 @@ def scan(
     segment = pid // (BLOCKS * H)
     begin, length, chunk = locate(segment, table, tokens, seg_len, per_row, PACKED, C)
     chunks = tl.cdiv(length, C)
-    if GATE == KEY:
-        fits += head * tl.cast(in_all, tl.int64) + chunk
-        if all_fit(fits, chunks) == FAR:
-            return
     t = tl.arange(0, C)
     m = tl.arange(0, BM)
     n = block * BN + tl.arange(0, BN)
     EVEN_M: tl.constexpr = M == BM
     EVEN_N: tl.constexpr = N % BN == 0
-    G: tl.constexpr = N if OUT else M  # gated channels, and whether their tile needs a mask
-    EVEN_G: tl.constexpr = EVEN_N if OUT else EVEN_M
-    g = n if OUT else m
-    SLOPES: tl.constexpr = KEEP_READS or GATE_GRAD
+    K: tl.constexpr = N if OUT else M
+    k = n if OUT else m
     BONUS_GRAD: tl.constexpr = BONUS and OUT and REVERSE
     PRECISE: tl.constexpr = DOT.primitive_bitwidth == 32
 
@@ -353,34 +128,32 @@ def scan(
     # The partner of x's gradient is shared as the other of q and k is: as x itself.
     partner += begin * partner_token + (head // X_SHARE) * partner_head
     row = begin * H + head  # of [tokens, H, ...] tensors; the next token's is H further
-    gate += begin * gate_token + head * gate_head
     if OUT:  # the state is stored [K, V]; here M runs over V
-        cell = m[:, None] + n[None, :] * M
+        cell = n[:, None] * M + m[None, :]
     else:
-        cell = m[:, None] * N + n[None, :]
-    inside = (m[:, None] < M) & (n[None, :] < N)
-    state = tl.zeros([BM, BN], tl.float32)
+        cell = n[:, None] + m[None, :] * N
+    inside = (n[:, None] < N) & (m[None, :] < M)
     place = segment.to(tl.int64) * H + head
+    state = tl.zeros([BN, BM], tl.float32)
     if START:
         state += tl.load(start + place * (M * N) + cell, mask=inside, other=0.0) * start_scale
+    if SLOPES and REVERSE:
+        product = 0.0
+        if START:
+            end = tl.load(ends + place * (M * N) + cell, mask=inside, other=0.0)
+            product = tl.sum(tl.sum(state * end, 1), 0) * finish_scale
+        tl.store(totals + place * BLOCKS + block, product)
     if BONUS:
-        extra = tl.load(bonus + head * G + g, mask=g < G, other=0.0).to(tl.float32)
-    gone = tl.zeros([BN if OUT else BM], tl.float32)
-    later = tl.zeros([BN], tl.float32)  # the gates' gradient after the chunk
-    if GATE_GRAD and START:
-        end = tl.load(ends + place * (M * N) + cell, mask=inside, other=0.0)
-        later += tl.sum(state * end, 0) * finish_scale
-    if GATE_GRAD and GATE != KEY:
-        tl.store(totals + place * BLOCKS + block, tl.sum(later, 0))
-    grown = tl.zeros([BN], tl.float32)
+        extra = tl.load(bonus + head * K + k, mask=k < K, other=0.0).to(tl.float32)
     bonus_grown = tl.zeros([BN], tl.float32)
-    distance = gap(C, REVERSE)
+    gone = 0.0
+    distance = gap(t[None, :], t[:, None], REVERSE)
     keep = distance >= 0
     if BONUS:  # the reader stands before its own gate, and its own write has a weight of its own
         keep = distance > 0
         distance -= 1
     if GATE == HEAD_FIXED:
-        step_gate = tl.maximum(tl.load(gate).to(tl.float32) * LOG2E, FLOOR2)
+        step_gate = tl.maximum(tl.load(gate + head * gate_head).to(tl.float32) * LOG2E, FLOOR2)
 
     for step in tl.range(0, chunks, num_stages=STAGES):
         if REVERSE:
@@ -389,247 +162,72 @@ def scan(
             c = step
         t0 = tl.cast(c * C, tl.int64)
         count = tl.minimum(length - c * C, C)
+        real = (n[:, None] < N) & (t[None, :] < count)
         w_CM = load_tile(w + t0 * w_token, t, m, w_token, count, M, EVEN_M).to(DOT)
-        x_CN = load_tile(x + t0 * x_token, t, n, x_token, count, N, EVEN_N).to(DOT)
+        x_NC = tl.trans(load_tile(x + t0 * x_token, t, n, x_token, count, N, EVEN_N)).to(DOT)
+        r_CM = w_CM
         if READ:
             r_CM = load_tile(r + t0 * r_token, t, m, r_token, count, M, EVEN_M).to(DOT)
-        else:
-            r_CM = w_CM
-        partner_CN = x_CN
-        if SLOPES or BONUS_GRAD:
-            partner_CN = load_tile(
-                partner + t0 * partner_token, t, n, partner_token, count, N, EVEN_N
-            ).to(DOT)
+        partner_NC = x_NC
+        if SLOPES or BONUS_GRAD:  # with its columns as rows already, as it meets no product
+            at = t0 * partner_token + t[None, :] * partner_token + n[:, None]
+            partner_NC = tl.load(partner + at, mask=real, other=0.0).to(DOT)
 
-        if GATE == KEY:
-            at = ((chunk + c) * H + head) * G
-            gates = load_gates(gate + t0 * gate_token, t, g, gate_token, count, G, EVEN_G)
-            before = tl.load(first + at + g, mask=g < G, other=0.0)
-            after = tl.load(last + at + g, mask=g < G, other=0.0)
-            gone += before + after
-            near = True
-            if FAR:
-                near = tl.load(fits + c) != 0
-            if near:
-                y_CN, dots, state = near_chunk(
-                    r_CM, w_CM, x_CN, partner_CN, state, gates, before, after, keep,
-                    PARTS, OUT, REVERSE, BONUS, READ, SLOPES, DOT, PREC, C,
-                )  # fmt: skip
+        if GATE == HEAD:
+            at = (head * chunks_in_all.to(tl.int64) + chunk + c) * C
+            pair, to_reader, after, total = head_decays(
+                sums + at, fractions + at, REVERSE, BONUS, PRECISE, C
+            )
+        elif GATE == HEAD_FIXED:
+            pair, to_reader, after, total = fixed_decays(distance, step_gate, t, count, BONUS)
+        if GATE != NONE:
+            if REVERSE:
+                read, write = after, to_reader
             else:
-                y_CN, dots, state = far_chunk(
-                    r_CM, w_CM, x_CN, partner_CN, state, gates, before + after,
-                    PARTS, OUT, REVERSE, BONUS, READ, SLOPES, DOT, PREC, C,
-                )  # fmt: skip
-        else:
-            moved = x_CN
-            if READ:
-                scores = tl.dot(r_CM, tl.trans(w_CM), input_precision=PREC)
-                y_CN = read_state(r_CM, state, SLOPES, DOT, PREC)
-            if GATE != NONE:
-                if GATE == HEAD:
-                    sums = first + head * in_all.to(tl.int64) + begin + t0
-                    parts = last + head * in_all.to(tl.int64) + begin + t0
-                    pair, to_reader, after, total = head_decays(
-                        sums, parts, t, count, REVERSE, BONUS, PRECISE
-                    )
-                else:
-                    reader = t.to(tl.float32)
-                    if not BONUS:
-                        reader += 1.0
-                    pair = distance * step_gate  # the same in every chunk
-                    to_reader = reader * step_gate
-                    after = tl.maximum(count - 1 - t, 0).to(tl.float32) * step_gate
-                    total = count.to(tl.float32) * step_gate
-                if REVERSE:
-                    read, write = after, to_reader
-                else:
-                    read, write = to_reader, after
-                if READ:
-                    scores *= tl.exp2(pair)
-                    read = tl.exp2(read)[:, None]
-                    if SLOPES:  # what rounding adds to the partner of the state's part
-                        weighed = partner_CN * read
-                        dots = tl.sum((weighed.to(DOT).to(tl.float32) - weighed) * y_CN, 1)
-                    y_CN *= read
-                moved = (x_CN * tl.exp2(write)[:, None]).to(DOT)
-                state *= tl.exp2(total)
-                gone += total / LOG2E
-            if READ:
-                scores = tl.where(keep, scores, 0.0).to(DOT)
-                y_CN = tl.dot(scores, x_CN, y_CN, input_precision=PREC)
-                if SLOPES:
-                    dots += tl.sum(partner_CN * y_CN, 1)
-            state = tl.dot(tl.trans(w_CM), moved, state, input_precision=PREC)
-            if GATE == NONE:
-                state *= one
+                read, write = to_reader, after
 
         if READ:
-            real = (t[:, None] < count) & (n[None, :] < N)
-            token = row + t0 * H
-            tile = t[:, None] * (H * N) + n[None, :]
+            scores = tl.dot(w_CM, tl.trans(r_CM), input_precision=PREC)
+            if GATE != NONE:
+                scores *= tl.exp2(pair)
+            scores = tl.where(keep, scores, 0.0).to(DOT)
+            y_NC = read_state(state, r_CM, SLOPES, DOT, PREC)
+            if GATE != NONE:
+                read = tl.exp2(read)[None, :]
+                if SLOPES:
+                    dots = (partner_NC * read).to(DOT) * y_NC
+                y_NC *= read
             if SLOPES:
-                dots *= y_scale
-            if SLOPES and GATE != KEY:
-                tl.store(reads + token * BLOCKS + block + t * (H * BLOCKS), dots, mask=t < count)
-            elif KEEP_READS:
-                tl.store(reads + token * N + tile, dots, mask=real)
-            elif GATE_GRAD:
-                qdq = tl.load(reads + token * N + tile, mask=real, other=0.0)
-                change = qdq - dots
-                upto = tl.where(t[None, :] >= t[:, None], 1.0, 0.0)
-                slope = sum_gates(upto, change, 3 if PRECISE else 2)
-                slope += later[None, :]
-                later += tl.sum(change, 0)
-                if BONUS:
-                    slope -= qdq
-                if FIXED:
-                    grown += tl.sum(tl.where(real, slope, 0.0), 0)
-                else:
-                    tl.store(dgate + token * N + tile, slope.to(dgate.dtype.element_ty), mask=real)
-
+                inner = tl.dot(x_NC, scores, input_precision=PREC)
+                dots += partner_NC * inner
+                y_NC += inner
+                at = (row + t0 * H + t * H) * BLOCKS + block
+                tl.store(reads + at, tl.sum(dots, 0) * y_scale, mask=t < count)
+            else:
+                y_NC = tl.dot(x_NC, scores, y_NC, input_precision=PREC)
             if BONUS:
+                own = tl.sum(r_CM.to(tl.float32) * w_CM.to(tl.float32), 1)[None, :] * x_NC
+                if BONUS_GRAD:
+                    bonus_grown += tl.sum(own * partner_NC, 1) * y_scale
                 if OUT:
-                    own_CN = tl.sum(r_CM.to(tl.float32) * w_CM.to(tl.float32), 1)[:, None] * x_CN
-                    if BONUS_GRAD:
-                        bonus_grown += tl.sum(own_CN * partner_CN, 0) * y_scale
-                    y_CN += own_CN * extra[None, :]
+                    y_NC += own * extra[:, None]
                 else:
-                    y_CN += tl.sum(r_CM * (w_CM * extra[None, :]), 1)[:, None] * x_CN
-            tl.store(y + token * N + tile, (y_CN * y_scale).to(y.dtype.element_ty), mask=real)
+                    y_NC += tl.sum(r_CM * (w_CM * extra[None, :]), 1)[None, :] * x_NC
+            tile = (row + t0 * H) * N + n[:, None] + t[None, :] * (H * N)
+            tl.store(y + tile, (y_NC * y_scale).to(y.dtype.element_ty), mask=real)
+
+        moved = x_NC
+        if GATE != NONE:
+            moved = (x_NC * tl.exp2(write)[None, :]).to(DOT)
+            state *= tl.exp2(total)
+            gone += total / LOG2E
+        state = tl.dot(moved, w_CM, state, input_precision=PREC)
+        if GATE == NONE:  # a state that is nothing but a sum of products makes ptxas wait for each
+            state *= one
 
     if FINISH:
         tl.store(finish + place * (M * N) + cell, state * finish_scale, mask=inside)
     if not READ and GATE != NONE:
-        tl.store(totals + place * G + g, gone, mask=(g < G) & (block == 0))
-    if GATE_GRAD and FIXED and GATE == KEY:
-        tl.store(dgate + place * N + n, grown, mask=n < N)
+        tl.store(totals + place * K + k, gone + tl.zeros_like(k), mask=(k < K) & (block == 0))
     if BONUS_GRAD:
         tl.store(dbonus + place * N + n, bonus_grown, mask=n < N)
-
-
-@triton.jit(do_not_specialize=["tokens", "seg_len", "per_row", "in_all"])
-def sum_head_gates(
-    gate, wholes, parts, table, tokens, seg_len, per_row, in_all, gate_token, gate_head,
-    H: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr, PRECISE: tl.constexpr,
-):  # fmt: skip
-    """A head's gates summed from each chunk's beginning, [H, tokens], in powers of two.
-
-    PRECISE: whole numbers and fractions apart; otherwise all of it in `wholes`.
-    """
-    pid = tl.program_id(0)
-    head = pid % H
-    begin, length, _ = locate(pid // H, table, tokens, seg_len, per_row, PACKED, C)
-    t = tl.arange(0, C)
-    gate += begin * gate_token + head * gate_head
-    for c in range(0, tl.cdiv(length, C)):
-        t0 = tl.cast(c * C, tl.int64)
-        mask = t0 + t < length
-        value = tl.load(gate + (t0 + t) * gate_token, mask=mask, other=0.0).to(tl.float32)
-        value = tl.maximum(value * LOG2E, FLOOR2)
-        at = head * tl.cast(in_all, tl.int64) + begin + t0 + t
-        if PRECISE:
-            floor = tl.floor(value)
-            tl.store(parts + at, tl.cumsum(value - floor, 0), mask=mask)
-            value = floor
-        tl.store(wholes + at, tl.cumsum(value, 0), mask=mask)
-
-
-@triton.jit(do_not_specialize=["tokens", "seg_len", "per_row", "in_all"])
-def sum_key_gates(
-    gate, first, last, fits, table, tokens, seg_len, per_row, in_all, gate_token, gate_head,
-    H: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """Summed gates of every chunk's two halves, and whether the middle-factored path may run."""
-    pid = tl.program_id(0)
-    head = pid % H
-    begin, length, chunk = locate(pid // H, table, tokens, seg_len, per_row, PACKED, C)
-    t = tl.arange(0, C // 2)
-    k = tl.arange(0, BK)
-    gate += begin * gate_token + head * gate_head
-    for c in range(0, tl.cdiv(length, C)):
-        base = gate + tl.cast(c * C, tl.int64) * gate_token
-        count = length - c * C
-        left = load_gates(base, t, k, gate_token, count, K, BK == K).to(tl.float32)
-        right = load_gates(base, t + C // 2, k, gate_token, count, K, BK == K).to(tl.float32)
-        # Sums of sizes, not sizes of sums: gates of both signs must not hide one another.
-        size = tl.maximum(tl.sum(tl.abs(left), 0), tl.sum(tl.abs(right), 0))
-        at = (chunk + c) * H + head
-        tl.store(first + at * K + k, tl.sum(left, 0), mask=k < K)
-        tl.store(last + at * K + k, tl.sum(right, 0), mask=k < K)
-        flag = head * tl.cast(in_all, tl.int64) + chunk + c
-        tl.store(fits + flag, (tl.max(size, 0) <= FARTHEST).to(tl.int32))
-
-
-@triton.jit(do_not_specialize=["per_row"])
-def join(
-    states, start, finish, totals, offsets, per_row,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
-    GATED: tl.constexpr, REVERSE: tl.constexpr, START: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """Turn each segment's own end state into the state that enters it; store the last one."""
-    pid = tl.program_id(0)
-    BLOCKS: tl.constexpr = (K * V + BLOCK - 1) // BLOCK
-    cell = (pid % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
-    head = (pid // BLOCKS) % H
-    sequence = (pid // (BLOCKS * H)).to(tl.int64)
-    if PACKED:
-        begin = tl.load(offsets + sequence)
-        segments = (tl.load(offsets + sequence + 1) - begin).to(tl.int32)
-    else:
-        begin = sequence * per_row
-        segments = per_row
-    inside = cell < K * V
-    carry = tl.zeros([BLOCK], tl.float32)
-    if START:
-        carry += tl.load(start + (sequence * H + head) * K * V + cell, mask=inside, other=0.0)
-    for step in range(0, segments):
-        if REVERSE:
-            segment = begin + segments - 1 - step
-        else:
-            segment = begin + step
-        place = (segment * H + head) * K * V + cell
-        grown = tl.load(states + place, mask=inside, other=0.0)
-        tl.store(states + place, carry, mask=inside)
-        if GATED:
-            total = tl.load(totals + (segment * H + head) * K + cell // V, mask=inside, other=0.0)
-            carry *= tl.exp(total)
-        carry += grown
-    tl.store(finish + (sequence * H + head) * K * V + cell, carry, mask=inside)
-
-
-@triton.jit(do_not_specialize=["tokens", "seg_len", "per_row"])
-def sum_slopes(
-    reads, writes, tails, dgate, table, tokens, seg_len, per_row,
-    H: tl.constexpr, BLOCKS: tl.constexpr, C: tl.constexpr, FIXED: tl.constexpr,
-    BONUS: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """The gradient of gates per head: reverse sums of q.dq - k.dk over a segment."""
-    pid = tl.program_id(0)
-    head = pid % H
-    place = pid.to(tl.int64)
-    begin, length, _ = locate(pid // H, table, tokens, seg_len, per_row, PACKED, C)
-    t = tl.arange(0, C)
-    grown = tl.zeros([C], tl.float32)
-    later = tl.load(tails + place * BLOCKS)
-    for block in tl.static_range(1, BLOCKS):
-        later += tl.load(tails + place * BLOCKS + block)
-    chunks = tl.cdiv(length, C)
-    for step in range(0, chunks):
-        t0 = tl.cast((chunks - 1 - step) * C, tl.int64)
-        real = t0 + t < length
-        token = (begin + t0 + t) * H + head
-        qdq = tl.zeros([C], tl.float32)
-        kdk = tl.zeros([C], tl.float32)
-        for block in tl.static_range(BLOCKS):
-            qdq += tl.load(reads + token * BLOCKS + block, mask=real, other=0.0)
-            kdk += tl.load(writes + token * BLOCKS + block, mask=real, other=0.0)
-        slope = tl.cumsum(qdq - kdk, 0, reverse=True) + later
-        later += tl.sum(qdq - kdk, 0)
-        if BONUS:
-            slope -= qdq
-        if FIXED:
-            grown += tl.where(real, slope, 0.0)
-        else:
-            tl.store(dgate + token, slope.to(dgate.dtype.element_ty), mask=real)
-    if FIXED:
-        tl.store(dgate + place, tl.sum(grown, 0))

@@ -1,0 +1,348 @@
+"""The scan with gates per key channel; `scan.py` says what a scan is and who plays which part.
+
+The gates lie along the contracted axis in o and dv, and along the output axis (OUT) in dq and dk.
+Outputs stand [C, N] and the state [BM, BN] in the products: with the gated axis of the state as
+rows, a thread holds few of its channels, and so few of their decays.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import gap, load_gates, load_tile, locate
+
+
+@triton.jit
+def sum_gates(select, gates, PARTS: tl.constexpr):
+    """select @ gates for a 0/+-1 matrix: sums on the tensor cores.
+
+    The gates go as PARTS bfloat16 numbers each: one holds bfloat16 gates, three any float32.
+    """
+    select = select.to(tl.bfloat16)
+    part = gates.to(tl.bfloat16)
+    total = tl.dot(select, part)
+    if PARTS > 1:
+        rest = gates.to(tl.float32) - part.to(tl.float32)
+        part = rest.to(tl.bfloat16)
+        total = tl.dot(select, part, total)
+        if PARTS > 2:
+            part = (rest - part.to(tl.float32)).to(tl.bfloat16)
+            total = tl.dot(select, part, total)
+    return total
+
+
+@triton.jit
+def along(vector, OUT: tl.constexpr):
+    """A vector over the gated axis of the state [M, N]."""
+    if OUT:
+        return vector[None, :]
+    else:
+        return vector[:, None]
+
+
+@triton.jit
+def read_state(r, state, WHOLE: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr):
+    """r @ state. WHOLE: as two parts of 8 bits, so that hardly any of the state's bits is lost."""
+    high = state.to(DOT)
+    y = tl.dot(r, high, input_precision=PREC)
+    if WHOLE and DOT.primitive_bitwidth == 16:
+        y = tl.dot(r, (state - high.to(tl.float32)).to(DOT), y, input_precision=PREC)
+    return y
+
+
+@triton.jit
+def all_fit(fits, chunks):
+    """Whether near_chunk may take all chunks of a segment."""
+    one = tl.arange(0, 128)
+    least = tl.full([128], 1, tl.int32)
+    for begin in range(0, chunks, 128):
+        here = tl.load(fits + begin + one, mask=begin + one < chunks, other=1)
+        least = tl.minimum(least, here)
+    return tl.min(least, 0) != 0
+
+
+@triton.jit
+def near_chunk(r, w, x, partner, state, gates, first, last, keep, PARTS: tl.constexpr,
+               OUT: tl.constexpr, REVERSE: tl.constexpr, BONUS: tl.constexpr, READ: tl.constexpr,
+               SLOPES: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+               C: tl.constexpr):  # fmt: skip
+    """A chunk gated per key channel, decays factored about its middle: matrix products only.
+
+    first, last: the summed gates before and from the middle. The caller has made sure that
+    exp(+-their size) is harmless. Returns y, the dots of y with its partner, and the state.
+    """
+    t = tl.arange(0, C)
+    middle: tl.constexpr = C // 2
+    up = (t[None, :] >= middle) & (t[None, :] <= t[:, None])
+    down = (t[None, :] < middle) & (t[None, :] > t[:, None])
+    select = tl.where(up, 1.0, 0.0) - tl.where(down, 1.0, 0.0)
+    since = sum_gates(select, gates, PARTS)  # the middle; before it, negative
+    # The later token of a pair gains exp(since), the earlier exp(-since), whichever of r and w
+    # holds it: `row` for r, `column` for w.
+    if REVERSE:
+        row, column = -since, since
+        enter, leave = last, first
+    else:
+        row, column = since, -since
+        enter, leave = first, last
+    if BONUS:  # the reader stands before its own gate
+        if REVERSE:
+            column -= gates.to(tl.float32)
+        else:
+            row -= gates.to(tl.float32)
+    entered = state * along(tl.exp(enter), OUT)
+    y = tl.zeros([C, state.shape[1]], tl.float32)
+    dots = y
+    if OUT:
+        moved = (x * tl.exp(column)).to(DOT)
+        if READ:
+            scores = tl.dot(r, tl.trans(w), input_precision=PREC)
+            scores = tl.where(keep, scores, 0.0).to(DOT)
+            y = read_state(r, entered, SLOPES, DOT, PREC)
+            y = tl.dot(scores, moved, y, input_precision=PREC)
+            row = tl.exp(row)
+            if SLOPES:
+                dots = (partner * row).to(DOT) * y
+            y *= row
+        state = tl.dot(tl.trans(w), moved, entered, input_precision=PREC)
+    else:
+        moved = (w * tl.exp(column)).to(DOT)
+        if READ:
+            reads = (r * tl.exp(row)).to(DOT)
+            scores = tl.dot(reads, tl.trans(moved), input_precision=PREC)
+            scores = tl.where(keep, scores, 0.0).to(DOT)
+            y = tl.dot(reads, entered.to(DOT), input_precision=PREC)
+            y = tl.dot(scores, x, y, input_precision=PREC)
+        state = tl.dot(tl.trans(moved), x, entered, input_precision=PREC)
+    return y, dots, state * along(tl.exp(leave), OUT)
+
+
+@triton.jit
+def far_chunk(r, w, x, partner, state, gates, total, PARTS: tl.constexpr,
+              OUT: tl.constexpr, REVERSE: tl.constexpr, BONUS: tl.constexpr, READ: tl.constexpr,
+              SLOPES: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+              C: tl.constexpr):  # fmt: skip
+    """The same for any gates: every pair of tokens is factored about a boundary between the two.
+
+    Blocks of 2, 4, 8, ... tokens are cut in halves; a pair with the writer in the left half and
+    the reader in the right one decays by exp(gates after the writer in the left half) times
+    exp(gates up to the reader in the right half). Neither factor exceeds 1, whatever the gates.
+    """
+    t = tl.arange(0, C)
+    i = t[:, None]
+    s = t[None, :]
+    if BONUS:
+        before = tl.exp(sum_gates(tl.where(s < i, 1.0, 0.0), gates, PARTS))
+    else:
+        before = tl.exp(sum_gates(tl.where(s <= i, 1.0, 0.0), gates, PARTS))
+    after = tl.exp(sum_gates(tl.where(s > i, 1.0, 0.0), gates, PARTS))
+    if REVERSE:
+        read, write = after, before
+    else:
+        read, write = before, after
+    y = tl.zeros([C, state.shape[1]], tl.float32)
+    dots = y
+    scores = tl.zeros([C, C], tl.float32)
+    if READ:
+        if OUT:
+            y = read_state(r, state, SLOPES, DOT, PREC)
+            if SLOPES:
+                dots = (partner * read).to(DOT) * y
+            y *= read
+            scores = tl.dot(r, tl.trans(w), input_precision=PREC)
+        else:
+            y = tl.dot((r * read).to(DOT), state.to(DOT), input_precision=PREC)
+        size = 1
+        while size < C:
+            right = (i & size) != 0
+            near = (i // (2 * size)) == (s // (2 * size))
+            boundary = (i // size) * size  # of a right half: where it begins
+            if BONUS:
+                ours = tl.where(right, (s >= boundary) & (s < i), (s > i) & (s < boundary + size))
+            else:
+                ours = tl.where(right, (s >= boundary) & (s <= i), (s > i) & (s < boundary + size))
+            factor = tl.exp(sum_gates(tl.where(ours, 1.0, 0.0), gates, PARTS))
+            if REVERSE:
+                keep = near & ((i & size) == 0) & ((s & size) != 0)
+            else:
+                keep = near & ((i & size) != 0) & ((s & size) == 0)
+            if OUT:
+                part = tl.where(keep, scores, 0.0).to(DOT)
+                pairs = tl.dot(part, (x * factor).to(DOT), input_precision=PREC)
+                if SLOPES:
+                    dots += (partner * factor).to(DOT) * pairs
+                y += pairs * factor
+            else:
+                part = tl.dot((r * factor).to(DOT), tl.trans((w * factor).to(DOT)),
+                              input_precision=PREC)  # fmt: skip
+                scores += tl.where(keep, part, 0.0)
+            size *= 2
+        undecayed = tl.sum(r.to(tl.float32) * w.to(tl.float32), 1)  # a token reads its own write
+        if OUT:
+            if not BONUS:
+                y += undecayed[:, None] * x
+        else:
+            if not BONUS:
+                scores += tl.where(i == s, undecayed[:, None], 0.0)
+            y = tl.dot(scores.to(DOT), x, y, input_precision=PREC)
+    state = state * along(tl.exp(total), OUT)
+    if OUT:
+        state = tl.dot(tl.trans(w), (x * write).to(DOT), state, input_precision=PREC)
+    else:
+        state = tl.dot(tl.trans((w * write).to(DOT)), x, state, input_precision=PREC)
+    return y, dots, state
+
+
+@triton.jit(do_not_specialize=["tokens", "seg_len", "per_row", "chunks_in_all"])
+def scan_key(
+    r, w, x, y, partner, gate, first, last, fits, bonus, start, finish, totals, ends,
+    reads, dgate, dbonus,
+    table, tokens, seg_len, per_row, chunks_in_all, y_scale, start_scale, finish_scale,
+    r_head, w_head, x_head, partner_head, gate_head,
+    r_token: tl.constexpr, w_token: tl.constexpr, x_token: tl.constexpr,
+    partner_token: tl.constexpr, gate_token: tl.constexpr,
+    H: tl.constexpr, R_SHARE: tl.constexpr, W_SHARE: tl.constexpr, X_SHARE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
+    FIXED: tl.constexpr, OUT: tl.constexpr, REVERSE: tl.constexpr,
+    BONUS: tl.constexpr, READ: tl.constexpr, START: tl.constexpr, FINISH: tl.constexpr,
+    KEEP_READS: tl.constexpr, GATE_GRAD: tl.constexpr, FAR: tl.constexpr, PACKED: tl.constexpr,
+    PARTS: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One segment, one head, BN output columns; parts and states as in `scan`.
+
+    It takes two launches: one leaves out the segments with a chunk too far for near_chunk, and FAR
+    takes those. Neither compiles to what the other does well: with both paths in one loop, no load
+    is fetched ahead and the registers of one spill for the other's sake.
+
+    A gate's gradient, as in `scan`, is a sum of q.dq - k.dk: KEEP_READS (in dq) stores q.dq in
+    `reads`; GATE_GRAD (in dk) takes them up, and the `ends` that dq has left.
+    """
+    BLOCKS: tl.constexpr = (N + BN - 1) // BN
+    pid = tl.program_id(0)
+    block = pid % BLOCKS
+    head = (pid // BLOCKS) % H
+    segment = pid // (BLOCKS * H)
+    begin, length, chunk = locate(segment, table, tokens, seg_len, per_row, PACKED, C)
+    chunks = tl.cdiv(length, C)
+    fits += head * tl.cast(chunks_in_all, tl.int64) + chunk
+    if all_fit(fits, chunks) == FAR:
+        return
+    t = tl.arange(0, C)
+    m = tl.arange(0, BM)
+    n = block * BN + tl.arange(0, BN)
+    EVEN_M: tl.constexpr = M == BM
+    EVEN_N: tl.constexpr = N % BN == 0
+    G: tl.constexpr = N if OUT else M  # gated channels, and whether their tile needs a mask
+    EVEN_G: tl.constexpr = EVEN_N if OUT else EVEN_M
+    g = n if OUT else m
+    SLOPES: tl.constexpr = KEEP_READS or GATE_GRAD
+    BONUS_GRAD: tl.constexpr = BONUS and OUT and REVERSE
+    PRECISE: tl.constexpr = DOT.primitive_bitwidth == 32
+
+    r += begin * r_token + (head // R_SHARE) * r_head
+    w += begin * w_token + (head // W_SHARE) * w_head
+    x += begin * x_token + (head // X_SHARE) * x_head
+    # The partner of x's gradient is shared as the other of q and k is: as x itself.
+    partner += begin * partner_token + (head // X_SHARE) * partner_head
+    row = begin * H + head  # of [tokens, H, ...] tensors; the next token's is H further
+    gate += begin * gate_token + head * gate_head
+    if OUT:  # the state is stored [K, V]; here M runs over V
+        cell = m[:, None] + n[None, :] * M
+    else:
+        cell = m[:, None] * N + n[None, :]
+    inside = (m[:, None] < M) & (n[None, :] < N)
+    state = tl.zeros([BM, BN], tl.float32)
+    place = segment.to(tl.int64) * H + head
+    if START:
+        state += tl.load(start + place * (M * N) + cell, mask=inside, other=0.0) * start_scale
+    if BONUS:
+        extra = tl.load(bonus + head * G + g, mask=g < G, other=0.0).to(tl.float32)
+    gone = tl.zeros([BN if OUT else BM], tl.float32)
+    later = tl.zeros([BN], tl.float32)  # the gates' gradient after the chunk
+    if GATE_GRAD and START:
+        end = tl.load(ends + place * (M * N) + cell, mask=inside, other=0.0)
+        later += tl.sum(state * end, 0) * finish_scale
+    grown = tl.zeros([BN], tl.float32)
+    bonus_grown = tl.zeros([BN], tl.float32)
+    distance = gap(t[:, None], t[None, :], REVERSE)
+    keep = distance >= 0
+    if BONUS:  # the reader stands before its own gate, and its own write has a weight of its own
+        keep = distance > 0
+
+    for step in tl.range(0, chunks, num_stages=STAGES):
+        if REVERSE:
+            c = chunks - 1 - step
+        else:
+            c = step
+        t0 = tl.cast(c * C, tl.int64)
+        count = tl.minimum(length - c * C, C)
+        w_CM = load_tile(w + t0 * w_token, t, m, w_token, count, M, EVEN_M).to(DOT)
+        x_CN = load_tile(x + t0 * x_token, t, n, x_token, count, N, EVEN_N).to(DOT)
+        if READ:
+            r_CM = load_tile(r + t0 * r_token, t, m, r_token, count, M, EVEN_M).to(DOT)
+        else:
+            r_CM = w_CM
+        partner_CN = x_CN
+        if SLOPES or BONUS_GRAD:
+            partner_CN = load_tile(
+                partner + t0 * partner_token, t, n, partner_token, count, N, EVEN_N
+            ).to(DOT)
+
+        at = ((chunk + c) * H + head) * G
+        gates = load_gates(gate + t0 * gate_token, t, g, gate_token, count, G, EVEN_G)
+        before = tl.load(first + at + g, mask=g < G, other=0.0)
+        after = tl.load(last + at + g, mask=g < G, other=0.0)
+        gone += before + after
+        near = True
+        if FAR:
+            near = tl.load(fits + c) != 0
+        if near:
+            y_CN, dots, state = near_chunk(
+                r_CM, w_CM, x_CN, partner_CN, state, gates, before, after, keep,
+                PARTS, OUT, REVERSE, BONUS, READ, SLOPES, DOT, PREC, C,
+            )  # fmt: skip
+        else:
+            y_CN, dots, state = far_chunk(
+                r_CM, w_CM, x_CN, partner_CN, state, gates, before + after,
+                PARTS, OUT, REVERSE, BONUS, READ, SLOPES, DOT, PREC, C,
+            )  # fmt: skip
+
+        if READ:
+            real = (t[:, None] < count) & (n[None, :] < N)
+            token = row + t0 * H
+            tile = t[:, None] * (H * N) + n[None, :]
+            if SLOPES:
+                dots *= y_scale
+            if KEEP_READS:
+                tl.store(reads + token * N + tile, dots, mask=real)
+            elif GATE_GRAD:
+                qdq = tl.load(reads + token * N + tile, mask=real, other=0.0)
+                change = qdq - dots
+                upto = tl.where(t[None, :] >= t[:, None], 1.0, 0.0)
+                slope = sum_gates(upto, change, 3 if PRECISE else 2)
+                slope += later[None, :]
+                later += tl.sum(change, 0)
+                if BONUS:
+                    slope -= qdq
+                if FIXED:
+                    grown += tl.sum(tl.where(real, slope, 0.0), 0)
+                else:
+                    tl.store(dgate + token * N + tile, slope.to(dgate.dtype.element_ty), mask=real)
+
+            if BONUS:
+                if OUT:
+                    own_CN = tl.sum(r_CM.to(tl.float32) * w_CM.to(tl.float32), 1)[:, None] * x_CN
+                    if BONUS_GRAD:
+                        bonus_grown += tl.sum(own_CN * partner_CN, 0) * y_scale
+                    y_CN += own_CN * extra[None, :]
+                else:
+                    y_CN += tl.sum(r_CM * (w_CM * extra[None, :]), 1)[:, None] * x_CN
+            tl.store(y + token * N + tile, (y_CN * y_scale).to(y.dtype.element_ty), mask=real)
+
+    if FINISH:
+        tl.store(finish + place * (M * N) + cell, state * finish_scale, mask=inside)
+    if not READ:
+        tl.store(totals + place * G + g, gone, mask=(g < G) & (block == 0))
+    if GATE_GRAD and FIXED:
+        tl.store(dgate + place * N + n, grown, mask=n < N)
+    if BONUS_GRAD:
+        tl.store(dbonus + place * N + n, bonus_grown, mask=n < N)
