@@ -144,22 +144,22 @@ def _sum_gate(gate: _Gate, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chun
     """Sums of the gates, made once and shared by the scans of o, dq, dk and dv."""
     if gate.kind not in (HEAD, KEY):
         return gate
-    from .scan import sum_head_gates, sum_key_gates
+    from .gates import sum_head_gates, sum_key_gates
 
     batch, tokens, heads, width = *v.shape[:3], k.shape[-1]
     pieces = lay_out(batch, tokens, PIECE, cu_seqlens, chunk)
     grid, packed = (pieces.segments * heads,), cu_seqlens is not None
+    chunks = -(-tokens // chunk)
+    chunks = chunks + len(cu_seqlens) - 1 if packed else batch * chunks
     if gate.kind == HEAD:
         precise = v.dtype != torch.bfloat16
-        wholes = torch.empty(heads, batch * tokens, device=v.device, dtype=torch.float32)
+        wholes = torch.empty(heads, chunks, chunk, device=v.device, dtype=torch.float32)
         parts = torch.empty_like(wholes) if precise else wholes
         sum_head_gates[grid](
-            gate.values, wholes, parts, *pieces.walk(wholes), batch * tokens, gate.token, gate.head,
+            gate.values, wholes, parts, *pieces.walk(wholes), chunks, gate.token, gate.head,
             H=heads, C=chunk, PACKED=packed, PRECISE=precise,
         )  # fmt: skip
         return gate._replace(sums=(wholes, parts, wholes))
-    chunks = -(-tokens // chunk)
-    chunks = batch * chunks if cu_seqlens is None else chunks + len(cu_seqlens) - 1
     first = torch.empty(chunks, heads, width, device=v.device, dtype=torch.float32)
     last = torch.empty_like(first)
     fits = torch.empty(heads, chunks, device=v.device, dtype=torch.int32)
@@ -178,34 +178,46 @@ def _scan(
     reads: Tensor | None = None, dgate: Tensor | None = None, dbonus: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launch the scan; r=None carries the state only. scan.py names the parts."""
-    from .scan import scan
-
     read = r is not None
     r = w if r is None else r
     partner = x if partner is None else partner
-    first, last, fits = gate.sums or (x, x, x)
     absent = x  # a valid pointer that the kernel never follows
-    start_scale, finish_scale = (1 / scale, scale) if reverse else (1.0, 1.0)
     dot, precision = _dot_type(x.dtype)
-    # How far a head's row of the gate sums reaches: over all tokens, or all chunks.
-    in_all = fits.shape[-1] if gate.kind == KEY else x.shape[0] * x.shape[1]
-    for far in (False, True) if gate.kind == KEY else (False,):
-        scan[(layout.segments * heads * blocks(x.shape[-1], tiles),)](
-            r, w, x, y if read else absent, partner, gate.values, first, last, fits,
-            *(absent if t is None else t
-              for t in (bonus, start, finish, totals, ends, reads, dgate, dbonus)),
-            *layout.walk(x), in_all, scale, start_scale, finish_scale, 1.0,
-            r.stride(2), w.stride(2), x.stride(2), partner.stride(2), gate.head,
-            r_token=r.stride(1), w_token=w.stride(1), x_token=x.stride(1),
-            partner_token=partner.stride(1), gate_token=gate.token,
-            H=heads, R_SHARE=heads // r.shape[2], W_SHARE=heads // w.shape[2],
-            X_SHARE=heads // x.shape[2], M=w.shape[-1], N=x.shape[-1], BM=padded(w.shape[-1]),
-            BN=tiles.columns, C=tiles.chunk, GATE=gate.kind, FIXED=gate.fixed, OUT=out,
-            REVERSE=reverse, BONUS=bonus is not None, READ=read, START=start is not None,
-            FINISH=finish is not None, KEEP_READS=reads is not None and not reverse,
-            GATE_GRAD=reads is not None and reverse, FAR=far, PACKED=layout.table is not None,
-            PARTS=1 if gate.values.dtype == torch.bfloat16 else 3,
-            DOT=dot, PREC=precision, STAGES=1 if far else tiles.stages, num_warps=tiles.warps,
+    common = {
+        "H": heads, "R_SHARE": heads // r.shape[2], "W_SHARE": heads // w.shape[2],
+        "X_SHARE": heads // x.shape[2], "M": w.shape[-1], "N": x.shape[-1],
+        "BM": padded(w.shape[-1]), "BN": tiles.columns, "C": tiles.chunk, "OUT": out,
+        "REVERSE": reverse, "BONUS": bonus is not None, "READ": read, "START": start is not None,
+        "FINISH": finish is not None, "PACKED": layout.table is not None, "DOT": dot,
+        "PREC": precision, "num_warps": tiles.warps, "r_token": r.stride(1),
+        "w_token": w.stride(1), "x_token": x.stride(1), "partner_token": partner.stride(1),
+    }  # fmt: skip
+    slopes = reads is not None
+    grid = (layout.segments * heads * blocks(x.shape[-1], tiles),)
+    heads_apart = (r.stride(2), w.stride(2), x.stride(2), partner.stride(2), gate.head)
+    tensors = [absent if z is None else z for z in (bonus, start, finish, totals, ends, reads)]
+    dbonus = absent if dbonus is None else dbonus
+    y = absent if y is None else y
+    sums = gate.sums or (x, x, x)
+    scales = (scale, 1 / scale, scale) if reverse else (scale, 1.0, 1.0)
+    if gate.kind != KEY:
+        from .scan import scan
+
+        scan[grid](
+            r, w, x, y, partner, gate.values, *sums[:2], *tensors, dbonus, *layout.walk(x),
+            sums[0].shape[1], *scales, 1.0, *heads_apart, GATE=gate.kind, SLOPES=slopes,
+            STAGES=tiles.stages, **common,
+        )  # fmt: skip
+        return
+    from .scan_key import scan_key
+
+    for far in (False, True):
+        scan_key[grid](
+            r, w, x, y, partner, gate.values, *sums, *tensors, absent if dgate is None else dgate,
+            dbonus, *layout.walk(x), sums[2].shape[-1], *scales, *heads_apart,
+            gate_token=gate.token, FIXED=gate.fixed, KEEP_READS=slopes and not reverse,
+            GATE_GRAD=slopes and reverse, FAR=far, STAGES=1 if far else tiles.stages,
+            PARTS=1 if gate.values.dtype == torch.bfloat16 else 3, **common,
         )  # fmt: skip
 
 
@@ -221,7 +233,7 @@ def _enter_segments(
     start: Tensor | None, reverse: bool, scale: float, bonus: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The state that enters each segment, and the one that leaves each sequence."""
-    from .scan import join
+    from .tiles import join
 
     width, columns = w.shape[-1], x.shape[-1]
     states = x.new_empty(layout.segments, heads, width, columns, dtype=torch.float32)
@@ -342,7 +354,7 @@ def scan_backward(
     run(v, do, q, dk, tiles=key_tiles, out=True, reverse=True, start=dfinal, ends=ends, partner=k,
         reads=writes, totals=tails, dgate=dgate, dbonus=dbonus)  # fmt: skip
     if tails is not None:
-        from .scan import sum_slopes
+        from .gates import sum_slopes
 
         sum_slopes[(layout.segments * heads,)](
             reads, writes, tails, dgate, *layout.walk(v), H=heads, BLOCKS=parts, C=1024,
