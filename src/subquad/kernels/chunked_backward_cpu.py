@@ -15,12 +15,14 @@ The gradient of a log decay g_j is the sum over everything that crosses token j:
 reads of the chunk's start by t >= j, writes to its end by s < j, and the state itself. As in the
 forward pass these are sums over their own tokens, not differences of longer sums that cancel.
 
-Letters as in chunked_cpu.py. `keys`, `queries`, ... are transposed, [channels,tokens]: a product
-wants its right side by rows, and those of Q K^T and its gradients run over tokens.
+Letters as in chunked_cpu.py. Products want their right side by rows, so some matrices are met
+transposed, [channels,tokens]: `queries`, `keys`, `written`, `values`, `turned`.
 """
 
 # mypy: ignore-errors
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,15 +30,17 @@ from torch import Tensor
 
 from subquad.kernels.chunked_cpu import (
     CHUNK,
-    chunk_tokens,
+    ONE,
+    ZERO,
     enter,
-    gates,
     load,
+    memory,
     multiply,
     multiply_rows,
     over_units,
     prepare,
-    solve,
+    read_chunk,
+    read_head,
     unit_heads,
 )
 from subquad.kernels.cpu import SLICE, array, jit, rows
@@ -45,14 +49,11 @@ from subquad.kernels.product_cpu import (
     UPPER,
     WHOLE,
     add_product,
-    aligned,
     block,
     lower_product,
     padded,
     transpose,
 )
-
-ZERO, ONE = np.float32(0.0), np.float32(1.0)
 
 
 @jit
@@ -116,27 +117,16 @@ def solve_transposed(gradient, lower):
 
 
 @jit
-def pair_gradients(dscores, pairs, weights, factors, diagonal, dpairs, crossing):
-    """Of scores [t,s] = pairs * weights * factors of the columns, s < t (and s = t with `diagonal`,
-    1 or 0): add to dpairs and, for the decays between s and t, to `crossing`."""
+def pair_gradients(dscores, pairs, weights, diagonal, dpairs, crossing):
+    """Of scores [t,s] = pairs * weights, s < t (and s = t with `diagonal`, 1 or 0): add to dpairs
+    and, for the decays between s and t, to `crossing`."""
     for t in range(pairs.shape[0]):
         d, pair, weight = dscores[t], pairs[t], weights[t]
         dpair, cross = dpairs[t], crossing[t]
         for s in range(t + diagonal):
-            x = d[s] * weight[s] * factors[s]
+            x = d[s] * weight[s]
             dpair[s] += x
             cross[s] += x * pair[s]
-
-
-@jit
-def beta_gradient(dvalues, values, dlower, overlap, weights, out):
-    """out[s] = dY_s . X_s - sum over t > s of dlower * overlap * weights."""
-    for t in range(out.size):
-        out[t] = dot(dvalues[t], values[t])
-    for t in range(1, out.size):
-        d, pair, weight = dlower[t], overlap[t], weights[t]
-        for s in range(t):
-            out[s] -= d[s] * pair[s] * weight[s]
 
 
 @jit
@@ -163,156 +153,156 @@ def store_transposed(x, rows, first, count, column, width, factor, out):
             row[column + j] = factor * source[j]
 
 
+class Shared(NamedTuple):
+    """Gradients of what the heads that share a key have in common, summed over them."""
+
+    pairs: np.ndarray  # [m,m], the lower triangle
+    overlap: np.ndarray  # [m,m], what is below the diagonal
+    queries: np.ndarray  # [K,m]
+    keys: np.ndarray  # [K,m]
+
+
+class Crossing(NamedTuple):
+    """What crosses a token, of one head: see `decay_gradient`."""
+
+    pairs: np.ndarray  # [m,m]
+    reads: np.ndarray  # [m], of the chunk's start
+    writes: np.ndarray  # [m], to the chunk's end
+
+
+@jit
+def _through_reads(chunk, head, written, S, dout, shared, crossing, square, side, turned):
+    """Of dO [m,V]: to the queries, through S and through the scores. `written` is Y^T."""
+    transpose(dout, turned)
+    side[:] = ZERO
+    add_product(S, turned, side, WHOLE)
+    column_dots(chunk.queries, side, head.start, crossing.reads)
+    add_columns(side, head.start, shared.queries)
+    lower_product(dout, written, square)
+    pair_gradients(square, chunk.pairs, head.weights, 1, shared.pairs, crossing.pairs)
+
+
+@jit
+def _through_writes(chunk, head, written, dS, dout, shared, crossing, square, turned, dwritten):
+    """Of dS at the chunk's end and of dO: to what was written, and to the keys it went under."""
+    end = head.weights[-1]
+    dwritten[:] = ZERO
+    add_product(chunk.key, dS, dwritten, WHOLE)
+    dots(dwritten, head.written, end, crossing.writes)
+    multiply_rows(dwritten, end, dwritten)
+    multiply(chunk.pairs, head.weights, square)
+    add_product(square.T, dout, dwritten, UPPER)
+    multiply_columns(written, end, turned)
+    add_product(dS, turned, shared.keys, WHOLE)
+
+
+@jit
+def _to_start(chunk, head, S, dS, dout):
+    """dS from the chunk's end to its start, as far as S is kept and read; dO is used up. Returns
+    what keeping S adds to the gradient of each decay."""
+    kept, through = ZERO, head.start[-1]
+    for i in range(S.shape[0]):
+        kept += dot(S[i], dS[i])
+    dS *= through
+    multiply_rows(dout, head.start, dout)
+    add_product(chunk.queries, dout, dS, WHOLE)
+    return kept * through
+
+
+@jit
+def _through_solution(chunk, head, values, S, dS, dvalues, shared, crossing, square, turned, dbeta):
+    """dY in `dvalues` becomes dV, by way of dX = beta dY and dR. `values` is X^T."""
+    for s in range(dbeta.size):
+        dbeta[s] = dot(dvalues[s], head.values[s])
+    multiply_rows(dvalues, head.beta, dvalues)
+    solve_transposed(dvalues, head.lower)
+    lower_product(dvalues, values, square)  # -dL
+    for t in range(1, dbeta.size):
+        row, pair, weight = square[t], chunk.overlap[t], head.weights[t]
+        for s in range(t):
+            dbeta[s] -= row[s] * pair[s] * weight[s]
+            row[s] *= -head.beta[s]
+    pair_gradients(square, chunk.overlap, head.weights, 0, shared.overlap, crossing.pairs)
+    forgotten = -head.start  # R = V - (K . decay) S
+    dots(dvalues, head.seen, forgotten, crossing.reads)
+    dseen = head.seen
+    multiply_rows(dvalues, forgotten, dseen)
+    transpose(dseen, turned)
+    add_product(S, turned, shared.keys, WHOLE)
+    add_product(chunk.keys, dseen, dS, WHOLE)
+
+
+@jit
+def _through_scores(chunk, shared, erases, square):
+    """Of Q K^T and K K^T: to queries and keys."""
+    add_product(chunk.queries, shared.pairs, shared.keys, WHOLE)
+    transpose(shared.pairs, square)
+    add_product(chunk.keys, square, shared.queries, WHOLE)
+    if erases:
+        add_product(chunk.keys, shared.overlap, shared.keys, WHOLE)
+        transpose(shared.overlap, square)
+        add_product(chunk.keys, square, shared.keys, WHOLE)
+
+
 @jit
 def _backward(x, starts, do, do_stride, dfinal, dq, dk, dv, dg, dbetas, dinitial, begin, stop):
     """dq, dk [parts,M,Hk*K]; dv [M,H*V]; dg, dbetas [M,H]; dinitial [R,H,K,V] from do and dfinal.
 
     For units begin/SLICE to stop/SLICE.
     """
-    erases = x.beta.size > 0
-    wide, tall = padded(x.V), padded(x.K)
-    squares, broads = aligned(9 * CHUNK * CHUNK), aligned(8 * CHUNK * wide)
-    highs, columns = aligned(6 * CHUNK * tall), aligned(8 * CHUNK)
-    S, dstates = block(aligned(tall * wide), tall, wide), aligned(x.G * tall * wide)
-    ones = np.ones(CHUNK, np.float32)
+    erases, K, V = x.beta.size > 0, padded(x.K), padded(x.V)
+    squares, highs, broads = memory(8, CHUNK, CHUNK), memory(6, CHUNK, K), memory(8, CHUNK, V)
+    columns, states = np.zeros((6, CHUNK), np.float32), memory(x.G + 1, K, V)
+    S = block(states[x.G], K, V)
     for unit in range(begin // SLICE, stop // SLICE):
-        row, head, part, h0, h1 = unit_heads(x, unit)
-        dstates[:] = ZERO
+        row, key_head, part, h0, h1 = unit_heads(x, unit)
         for h in range(h0, h1):
-            enter(dfinal[row, h], block(dstates[(h - h0) * tall * wide :], tall, wide))
+            enter(dfinal[row, h], block(states[h - h0], K, V))
         for n in range(x.chunks[row + 1] - 1, x.chunks[row] - 1, -1):
-            first, count, m = chunk_tokens(x, row, n)
-            pairs, overlap, weights, scores, lower, dscores, dpairs, doverlap, crossing = (
-                block(squares[0 * m * m :], m, m),
-                block(squares[1 * m * m :], m, m),
-                block(squares[2 * m * m :], m, m),
-                block(squares[3 * m * m :], m, m),
-                block(squares[4 * m * m :], m, m),
-                block(squares[5 * m * m :], m, m),
-                block(squares[6 * m * m :], m, m),
-                block(squares[7 * m * m :], m, m),
-                block(squares[8 * m * m :], m, m),
+            chunk = read_chunk(x, row, key_head, n, squares, highs)
+            m, first, count = chunk.key.shape[0], chunk.first, chunk.count
+            square, side = block(squares[4], m, m), block(highs[5], K, m)
+            shared = Shared(
+                block(squares[5], m, m),
+                block(squares[6], m, m),
+                block(highs[3], K, m),
+                block(highs[4], K, m),
             )
-            values, seen, written, dout, dvalues = (
-                block(broads[0 * m * wide :], m, wide),
-                block(broads[1 * m * wide :], m, wide),
-                block(broads[2 * m * wide :], m, wide),
-                block(broads[3 * m * wide :], m, wide),
-                block(broads[4 * m * wide :], m, wide),
-            )
-            values_t, written_t, side_t = (
-                block(broads[5 * m * wide :], wide, m),
-                block(broads[6 * m * wide :], wide, m),
-                block(broads[7 * m * wide :], wide, m),
-            )
-            key, queries, keys, dqueries, dkeys, side = (
-                block(highs[0 * m * tall :], m, tall),
-                block(highs[1 * m * tall :], tall, m),
-                block(highs[2 * m * tall :], tall, m),
-                block(highs[3 * m * tall :], tall, m),
-                block(highs[4 * m * tall :], tall, m),
-                block(highs[5 * m * tall :], tall, m),
-            )
-            g, beta, start, reads, writes, dcolumn, negative = (
-                columns[0 * CHUNK :][:m],
-                columns[1 * CHUNK :][:m],
-                columns[2 * CHUNK :][:m],
-                columns[3 * CHUNK :][:m],
-                columns[4 * CHUNK :][:m],
-                columns[5 * CHUNK :][:m],
-                columns[6 * CHUNK :][:m],
-            )
-            g[:] = ZERO
-            size = (count, x.K)
-            load(x.q, x.q_stride, first, head * x.K, size, x.scale, key)
-            transpose(key, queries)
-            load(x.k, x.k_stride, first, head * x.K, size, ONE, key)
-            transpose(key, keys)
-            lower_product(queries.T, keys, pairs)
-            if erases:
-                lower_product(key, keys, overlap)
-            dqueries[:], dkeys[:], dpairs[:], doverlap[:] = ZERO, ZERO, ZERO, ZERO
-            size = (count, x.V)
+            crossing = Crossing(block(squares[7], m, m), columns[3, :m], columns[4, :m])
+            dout, dvalues = block(broads[3], m, V), block(broads[4], m, V)
+            written, values = block(broads[5], V, m), block(broads[6], V, m)
+            turned, column = block(broads[7], V, m), columns[5, :m]
+            for total in shared:
+                total[:] = ZERO
             for h in range(h0, h1):
-                dS = block(dstates[(h - h0) * tall * wide :], tall, wide)
-                # As in the forward pass.
+                dS = block(states[h - h0], K, V)
                 enter(starts[n, h], S)
-                load(x.v, x.v_stride, first, h * x.V, size, ONE, values)
-                gates(x, first, count, h, g, beta, weights, start)
-                end, total = weights[m - 1], start[m - 1]
+                head = read_head(x, chunk, h, S, squares, broads, columns)
+                transpose(head.written, written)
+                load(do, do_stride, first, h * x.V, (count, x.V), ONE, dout)
+                crossing.pairs[:] = ZERO
+                crossing.reads[:], crossing.writes[:] = ZERO, ZERO
+                sums = (shared, crossing, square)
+                _through_reads(chunk, head, written, S, dout, *sums, side, turned)
+                _through_writes(chunk, head, written, dS, dout, *sums, turned, dvalues)
+                kept = _to_start(chunk, head, S, dS, dout)
                 if erases:
-                    seen[:] = ZERO
-                    add_product(key, S, seen, WHOLE)
-                    solve(values, seen, start, overlap, weights, beta, lower)
-                    multiply_rows(values, beta, written)
-                    transpose(values, values_t)
-                    transpose(written, written_t)
-                else:
-                    written = values
-                    transpose(values, written_t)
-                # What tokens read: from the state at the start, and from each other.
-                load(do, do_stride, first, h * x.V, size, ONE, dout)
-                transpose(dout, side_t)
-                side[:], reads[:], writes[:], crossing[:] = ZERO, ZERO, ZERO, ZERO
-                add_product(S, side_t, side, WHOLE)
-                column_dots(queries, side, start, reads)
-                add_columns(side, start, dqueries)
-                lower_product(dout, written_t, dscores)
-                pair_gradients(dscores, pairs, weights, ones, 1, dpairs, crossing)
-                # What they write: to the state at the end, and to each other.
-                dvalues[:] = ZERO
-                add_product(key, dS, dvalues, WHOLE)
-                dots(dvalues, written, end, writes)
-                multiply_rows(dvalues, end, dvalues)
-                multiply(pairs, weights, scores)
-                add_product(scores.T, dout, dvalues, UPPER)
-                multiply_columns(written_t, end, side_t)
-                add_product(dS, side_t, dkeys, WHOLE)
-                # The state itself.
-                kept = ZERO
-                for i in range(tall):
-                    kept += dot(S[i], dS[i])
-                kept *= total
-                dS *= total
-                multiply_rows(dout, start, dout)
-                add_product(queries, dout, dS, WHOLE)
-                if erases:
-                    multiply_rows(dvalues, beta, dout)  # dX, then dR
-                    solve_transposed(dout, lower)
-                    lower_product(dout, values_t, dscores)
-                    beta_gradient(dvalues, values, dscores, overlap, weights, dcolumn)
+                    transpose(head.values, values)
+                    _through_solution(chunk, head, values, S, dS, dvalues, *sums, turned, column)
                     for t in range(count):
-                        dbetas[first + t, h] = dcolumn[t]
-                    for t in range(m):
-                        negative[t] = -beta[t]
-                    pair_gradients(dscores, overlap, weights, negative, 0, doverlap, crossing)
-                    for t in range(m):
-                        negative[t] = -start[t]
-                    dots(dout, seen, negative, reads)
-                    multiply_rows(dout, negative, seen)
-                    transpose(seen, side_t)
-                    add_product(S, side_t, dkeys, WHOLE)
-                    add_product(keys, seen, dS, WHOLE)
-                    dvalues[:] = dout
+                        dbetas[first + t, h] = column[t]
                 for t in range(count):
                     dv[first + t, h * x.V : (h + 1) * x.V] = dvalues[t, : x.V]
                 if x.log_decay.size > 0:
-                    decay_gradient(crossing, reads, writes, kept, dcolumn)
+                    decay_gradient(crossing.pairs, crossing.reads, crossing.writes, kept, column)
                     for t in range(count):
-                        dg[first + t, h] = dcolumn[t]
-            add_product(queries, dpairs, dkeys, WHOLE)
-            transpose(dpairs, scores)
-            add_product(keys, scores, dqueries, WHOLE)
-            if erases:
-                add_product(keys, doverlap, dkeys, WHOLE)
-                transpose(doverlap, scores)
-                add_product(keys, scores, dkeys, WHOLE)
-            column = head * x.K
-            store_transposed(dqueries, key, first, count, column, x.K, x.scale, dq[part])
-            store_transposed(dkeys, key, first, count, column, x.K, ONE, dk[part])
+                        dg[first + t, h] = column[t]
+            _through_scores(chunk, shared, erases, square)
+            begins, key = key_head * x.K, chunk.key
+            store_transposed(shared.queries, key, first, count, begins, x.K, x.scale, dq[part])
+            store_transposed(shared.keys, key, first, count, begins, x.K, ONE, dk[part])
         for h in range(h0, h1):
-            dS = block(dstates[(h - h0) * tall * wide :], tall, wide)
-            dinitial[row, h] = dS[: x.K, : x.V]
+            dinitial[row, h] = block(states[h - h0], K, V)[: x.K, : x.V]
 
 
 def backward(
@@ -326,7 +316,7 @@ def backward(
     scale: float,
     starts: Tensor,
     cu_seqlens: Tensor | None,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, log_decay, beta (empty for None) and the initial state.
 
     do [B,T,H,V] and dfinal [R,H,K,V] are those of the output and the final state; the others went
@@ -341,6 +331,6 @@ def backward(
         _backward, x, starts.numpy(), *rows(do.flatten(-2)), array(dfinal),
         dq.numpy(), dk.numpy(), dv.view(M, -1).numpy(), dg.numpy(), dbeta.numpy(), dinitial.numpy(),
     )  # fmt: skip
-    shared = [d.sum(0) if x.parts > 1 else d[0] for d in (dq, dk)]
-    gates = [d if d.shape[0] == 0 else d.view(v.shape[:3]) for d in (dg, dbeta)]
-    return shared[0].view(q.shape), shared[1].view(k.shape), dv, *gates, dinitial
+    dq, dk = (d.sum(0) if x.parts > 1 else d[0] for d in (dq, dk))
+    dg, dbeta = (d if d.shape[0] == 0 else d.view(v.shape[:3]) for d in (dg, dbeta))
+    return dq.view(q.shape), dk.view(k.shape), dv, dg, dbeta, dinitial

@@ -42,10 +42,12 @@ from subquad.kernels.product_cpu import (
 )
 
 CHUNK = 64
+ZERO, ONE = np.float32(0.0), np.float32(1.0)
 
 
 class Inputs(NamedTuple):
-    """What both passes read. Flat rows and the distance between them; see `prepare`."""
+    """The arguments as both passes read them, made by `prepare`. q, k and v are flat memory and the
+    distance between the tokens in it."""
 
     q: np.ndarray  # [M,Hk*K]
     q_stride: int
@@ -63,6 +65,30 @@ class Inputs(NamedTuple):
     K: int
     V: int
     parts: int  # of the heads that share a key
+
+
+class Chunk(NamedTuple):
+    """A chunk as all heads that share a key see it; m tokens, padded."""
+
+    first: int  # token
+    count: int  # of tokens that are not padding
+    key: np.ndarray  # [m,K]
+    keys: np.ndarray  # [K,m]
+    queries: np.ndarray  # [K,m], scaled
+    pairs: np.ndarray  # [m,m], the lower triangle of Q K^T
+    overlap: np.ndarray  # [m,m], that of K K^T, only for the delta rule
+
+
+class Head(NamedTuple):
+    """What a head writes in a chunk, and how it forgets."""
+
+    weights: np.ndarray  # [m,m], the decay from s to t; its last row: to the chunk's end
+    start: np.ndarray  # [m], the decay from the chunk's start
+    beta: np.ndarray  # [m], only for the delta rule, as are
+    lower: np.ndarray  # [m,m], minus what is below the diagonal of the system that was solved
+    seen: np.ndarray  # [m,V], K S
+    values: np.ndarray  # [m,V], V without erase, X
+    written: np.ndarray  # [m,V], Y
 
 
 @jit
@@ -87,14 +113,14 @@ def load(flat, stride, first, column, size, factor, out):
         source, row = flat[begin : begin + width], out[t]
         for j in range(width):
             row[j] = factor * source[j]
-        row[width:] = np.float32(0.0)
-    out[count:] = np.float32(0.0)
+        row[width:] = ZERO
+    out[count:] = ZERO
 
 
 @jit
 def load_column(x, first, count, head, out):
     """out [tokens] = numbers a head and token, zeros after `count`."""
-    out[:] = np.float32(0.0)
+    out[:] = ZERO
     for t in range(count):
         out[t] = x[first + t, head]
 
@@ -105,14 +131,14 @@ def weigh(g, weights, start):
 
     Every segment is summed by itself: see decay.py.
     """
-    total = np.float32(0.0)
+    total = ZERO
     for t in range(g.size):
         total += g[t]
         start[t] = exp(total)
         row, before = weights[t], weights[t - 1]
         for s in range(t):
             row[s] = before[s] + g[t]
-        row[t:] = np.float32(0.0)
+        row[t:] = ZERO
     for t in range(g.size):
         row = weights[t]
         for s in range(t + 1):
@@ -151,7 +177,7 @@ def solve(values, seen, start, overlap, weights, beta, lower):
         source, weight, out = overlap[t], weights[t], lower[t]
         for s in range(t):
             out[s] = -source[s] * weight[s] * beta[s]
-        out[t:] = np.float32(0.0)
+        out[t:] = ZERO
     for i in range(0, m, ROWS):
         if i > 0:
             add_product(lower[i : i + ROWS, :i], values[:i], values[i : i + ROWS], WHOLE)
@@ -164,29 +190,67 @@ def solve(values, seen, start, overlap, weights, beta, lower):
 
 
 @jit
-def chunk_tokens(x, row, n):
-    """Chunk n of all, one of that row: its first token, how many it has, and padded."""
-    first = x.bounds[row] + (n - x.chunks[row]) * CHUNK
-    count = min(CHUNK, x.bounds[row + 1] - first)
-    return first, count, padded(count)
-
-
-@jit
 def enter(state, padded_state):
-    """Copy a state [K,V] into the corner of a padded one, whose rest is zeros."""
+    """Copy a state [K,V] into the corner of a padded one, whose rest is and stays zeros."""
     K, V = state.shape
     for i in range(K):
         padded_state[i, :V] = state[i]
 
 
 @jit
-def gates(x, first, count, h, g, beta, weights, start):
-    """Load a head's decays and beta; the weights that the decays give its pairs of tokens."""
-    if x.log_decay.size > 0:
-        load_column(x.log_decay, first, count, h, g)
-    weigh(g, weights, start)
+def memory(count, rows, columns):
+    """Room for that many matrices, each from the begin of a cache line on: [count,rows*columns]."""
+    return aligned(count * rows * columns).reshape((count, rows * columns))
+
+
+@jit
+def read_chunk(x, row, head, n, squares, highs):
+    """Chunk n of all, one of that row, for a key head. Uses squares 0, 1 and highs 0 to 2."""
+    first = x.bounds[row] + (n - x.chunks[row]) * CHUNK
+    count = min(CHUNK, x.bounds[row + 1] - first)
+    m, K = padded(count), padded(x.K)
+    key, keys, queries = block(highs[0], m, K), block(highs[1], K, m), block(highs[2], K, m)
+    pairs, overlap = block(squares[0], m, m), block(squares[1], m, m)
+    column, size = head * x.K, (count, x.K)
+    load(x.q, x.q_stride, first, column, size, x.scale, key)
+    transpose(key, queries)
+    load(x.k, x.k_stride, first, column, size, ONE, key)
+    transpose(key, keys)
+    lower_product(queries.T, keys, pairs)
     if x.beta.size > 0:
-        load_column(x.beta, first, count, h, beta)
+        lower_product(key, keys, overlap)
+    return Chunk(first, count, key, keys, queries, pairs, overlap)
+
+
+@jit
+def read_head(x, chunk, h, S, squares, broads, columns):
+    """What head h writes after a state S. Uses squares 2, 3, broads 0 to 2 and columns 0 to 2."""
+    m, V, erases = chunk.key.shape[0], S.shape[1], x.beta.size > 0
+    g, beta, start = columns[0, :m], columns[1, :m], columns[2, :m]
+    weights, lower = block(squares[2], m, m), block(squares[3], m, m)
+    values, seen = block(broads[0], m, V), block(broads[1], m, V)
+    written = block(broads[2], m, V) if erases else values
+    load(x.v, x.v_stride, chunk.first, h * x.V, (chunk.count, x.V), ONE, values)
+    if x.log_decay.size > 0:
+        load_column(x.log_decay, chunk.first, chunk.count, h, g)
+    weigh(g, weights, start)
+    if erases:
+        load_column(x.beta, chunk.first, chunk.count, h, beta)
+        seen[:] = ZERO
+        add_product(chunk.key, S, seen, WHOLE)
+        solve(values, seen, start, chunk.overlap, weights, beta, lower)
+        multiply_rows(values, beta, written)
+    return Head(weights, start, beta, lower, seen, values, written)
+
+
+@jit
+def read_out(chunk, head, S, scores, out):
+    """out [m,V]: what a head's tokens read from the state and from each other."""
+    out[:] = ZERO
+    add_product(chunk.queries.T, S, out, WHOLE)
+    multiply_rows(out, head.start, out)
+    multiply(chunk.pairs, head.weights, scores)
+    add_product(scores, head.written, out, LOWER)
 
 
 @jit
@@ -195,63 +259,30 @@ def _forward(x, initial, o, final, starts, begin, stop):
 
     For units begin/SLICE to stop/SLICE.
     """
-    erases = x.beta.size > 0
-    wide, tall = padded(x.V), padded(x.K)
-    query_memory, key_memory, keys_memory = (
-        aligned(CHUNK * tall),
-        aligned(CHUNK * tall),
-        aligned(CHUNK * tall),
-    )
-    pairs_memory, overlap_memory = aligned(CHUNK * CHUNK), aligned(CHUNK * CHUNK)
-    weights_memory, scores_memory = aligned(CHUNK * CHUNK), aligned(CHUNK * CHUNK)
-    value_memory, seen_memory = aligned(CHUNK * wide), aligned(CHUNK * wide)
-    states = block(aligned(x.G * tall * wide), x.G * tall, wide)
-    g_all, beta_all, start_all = aligned(CHUNK), aligned(CHUNK), aligned(CHUNK)
+    K, V = padded(x.K), padded(x.V)
+    squares, highs, broads = memory(5, CHUNK, CHUNK), memory(3, CHUNK, K), memory(4, CHUNK, V)
+    columns, states = np.zeros((3, CHUNK), np.float32), memory(x.G, K, V)
     for unit in range(begin // SLICE, stop // SLICE):
-        row, head, _, h0, h1 = unit_heads(x, unit)
-        states[:] = np.float32(0.0)
+        row, key_head, _, h0, h1 = unit_heads(x, unit)
         for h in range(h0, h1):
-            enter(initial[row, h], states[(h - h0) * tall : (h - h0 + 1) * tall])
+            enter(initial[row, h], block(states[h - h0], K, V))
         for n in range(x.chunks[row], x.chunks[row + 1]):
-            first, count, m = chunk_tokens(x, row, n)
-            query, key = block(query_memory, m, tall), block(key_memory, m, tall)
-            keys = block(keys_memory, tall, m)
-            pairs, overlap = block(pairs_memory, m, m), block(overlap_memory, m, m)
-            weights, scores = block(weights_memory, m, m), block(scores_memory, m, m)
-            values, seen = block(value_memory, m, wide), block(seen_memory, m, wide)
-            g, beta, start = g_all[:m], beta_all[:m], start_all[:m]
-            size = (count, x.K)
-            load(x.q, x.q_stride, first, head * x.K, size, x.scale, query)
-            load(x.k, x.k_stride, first, head * x.K, size, np.float32(1.0), key)
-            transpose(key, keys)
-            lower_product(query, keys, pairs)
-            if erases:
-                lower_product(key, keys, overlap)
+            chunk = read_chunk(x, row, key_head, n, squares, highs)
+            m = chunk.key.shape[0]
+            scores, out = block(squares[4], m, m), block(broads[3], m, V)
             for h in range(h0, h1):
-                S = states[(h - h0) * tall : (h - h0 + 1) * tall]
+                S = block(states[h - h0], K, V)
                 if starts.size > 0:
                     starts[n, h] = S[: x.K, : x.V]
-                size = (count, x.V)
-                load(x.v, x.v_stride, first, h * x.V, size, np.float32(1.0), values)
-                gates(x, first, count, h, g, beta, weights, start)
-                if erases:
-                    seen[:] = np.float32(0.0)
-                    add_product(key, S, seen, WHOLE)
-                    solve(values, seen, start, overlap, weights, beta, scores)
-                    multiply_rows(values, beta, values)
-                multiply(pairs, weights, scores)
-                out = seen
-                out[:] = np.float32(0.0)
-                add_product(query, S, out, WHOLE)
-                multiply_rows(out, start, out)
-                add_product(scores, values, out, LOWER)
-                for t in range(count):
-                    o[first + t, h * x.V : (h + 1) * x.V] = out[t, : x.V]
-                multiply_rows(values, weights[m - 1], values)
-                S *= start[m - 1]
-                add_product(keys, values, S, WHOLE)
+                head = read_head(x, chunk, h, S, squares, broads, columns)
+                read_out(chunk, head, S, scores, out)
+                for t in range(chunk.count):
+                    o[chunk.first + t, h * x.V : (h + 1) * x.V] = out[t, : x.V]
+                multiply_rows(head.written, head.weights[m - 1], head.written)
+                S *= head.start[m - 1]
+                add_product(chunk.keys, head.written, S, WHOLE)
         for h in range(h0, h1):
-            final[row, h] = states[(h - h0) * tall : (h - h0) * tall + x.K, : x.V]
+            final[row, h] = block(states[h - h0], K, V)[: x.K, : x.V]
 
 
 def prepare(
@@ -289,6 +320,7 @@ def prepare(
 
 
 def over_units(kernel, x: Inputs, *args) -> None:
+    """`kernel(x, *args, first, last)` for all units of work, on torch's number of threads."""
     units = (x.bounds.size - 1) * x.Hk * x.parts
     work = x.bounds[-1] * x.Hk * x.G * x.V * x.K
     over_channels(kernel, units * SLICE, work, x, *args)
