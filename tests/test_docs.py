@@ -88,7 +88,7 @@ def slug(heading: str) -> str:
 
 
 def test_the_pages_that_promise_to_run_do_have_code() -> None:
-    assert {"add-a-row", "annotated-recurrence"} <= {page.stem for page in PAGES}
+    assert {"add-a-row", "annotated-recurrence", "state-spaces"} <= {page.stem for page in PAGES}
 
 
 def test_a_false_claim_fails_at_its_own_line(tmp_path: Path) -> None:
