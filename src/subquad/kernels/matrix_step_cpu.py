@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from subquad.kernels.cpu import SLICE, address, at, exp, jit, over_channels
+from subquad.kernels.tape import Tape, integers, kernel, real
 
 SILENT = np.float32(1e-30)  # a state this small is zero: denormal numbers are slow
 
@@ -103,8 +104,6 @@ def step(
         None if x is None else x.contiguous()
         for x in (q, k, v, log_decay, beta, a, b, bonus, state)
     ]
-    width = 1 if log_decay is None or log_decay.ndim % 2 else K
-    rates = 0 if log_decay is None else log_decay.numel() // width
     over_channels(
         _step,
         B * H * SLICE,  # split by heads: what the splitter takes for a line of channels
@@ -118,7 +117,46 @@ def step(
         K,
         V,
         float(scale),
-        rates,
-        width,
+        *_rates(log_decay, K),
     )
     return o, new
+
+
+@kernel
+def _unit(arguments, unit):
+    n = integers(arguments, 19)
+    _step(
+        n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10],
+        n[11], n[12], n[13], n[14], n[15], real(n[16]), n[17], n[18],
+        unit * SLICE, (unit + 1) * SLICE,
+    )  # fmt: skip
+
+
+def record(
+    tape: Tape,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    beta: Tensor | None,
+    a: Tensor | None,
+    b: Tensor | None,
+    bonus: Tensor | None,
+    scale: float,
+    state: Tensor,
+    o: Tensor,
+    new: Tensor,
+) -> None:
+    """`step` of contiguous tensors, into o and new."""
+    B, H, K, V = state.shape
+    tensors = (q, k, v, log_decay, beta, a, b, bonus, state, o, new)
+    sizes = (B * H, H, H // k.shape[2], K, V)
+    tape.step(_unit, B * H, *tensors, *sizes, float(scale), *_rates(log_decay, K))
+
+
+def _rates(log_decay: Tensor | None, K: int) -> tuple[int, int]:
+    """The rows and the width of a decay: by head or by row of the state, one number or K."""
+    if log_decay is None:
+        return 0, 1
+    width = 1 if log_decay.ndim % 2 else K
+    return log_decay.numel() // width, width

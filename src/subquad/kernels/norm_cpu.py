@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from subquad.kernels.cpu import SLICE, address, at, evenly_spaced, jit, over_channels, sigmoid
+from subquad.kernels.tape import Tape, integers, kernel, real
 
 LANES = (
     16  # partial sums of squares: shorter than one long float32 sum, and vectors to the compiler
@@ -102,3 +103,30 @@ def norm(
         float(scale),
     )
     return y
+
+
+@kernel
+def _unit(arguments, unit):
+    x, gate, weight, weights, y, M, G, D, gate_first, eps, scale = integers(arguments, 11)
+    _norm(
+        x, G * D, gate, G * D, weight, weights, y,
+        M, G, D, gate_first != 0, real(eps), real(scale), 0, M * G * SLICE,
+    )  # fmt: skip
+
+
+def record(
+    tape: Tape,
+    x: Tensor,
+    size: int,
+    weight: Tensor | None,
+    gate: Tensor | None,
+    gate_first: bool,
+    eps: float,
+    scale: float,
+    y: Tensor,
+) -> None:
+    """`norm` of contiguous tensors, into y."""
+    G = x.shape[-1] // size
+    weights = 0 if weight is None else weight.shape[0]
+    sizes = (x.numel() // x.shape[-1], G, size, int(gate_first))
+    tape.step(_unit, 1, x, gate, weight, weights, y, *sizes, float(eps), float(scale))

@@ -24,6 +24,7 @@ from subquad.kernels.cpu import (
     rows,
     sequence_bounds,
 )
+from subquad.kernels.tape import Tape, integers, kernel
 
 BLOCK = 256  # channels a step: fewer, and the compiled loops are too short; measured with N = 16
 CHUNK = 32  # tokens between checkpoints
@@ -251,3 +252,28 @@ def step(
     tensors += (y, new_state)
     over_channels(_step, A.shape[0], state.numel(), *map(address, tensors), *state.shape)
     return y, new_state
+
+
+@kernel
+def _unit(arguments, unit):
+    x, dt, A, B, C, D, state, y, new_state, S, channels, N = integers(arguments, 12)
+    start = unit * BLOCK
+    stop = min(start + BLOCK, channels)
+    _step(x, dt, A, B, C, D, state, y, new_state, S, channels, N, start, stop)
+
+
+def record(
+    tape: Tape,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    state: Tensor,
+    y: Tensor,
+    new_state: Tensor,
+) -> None:
+    """`step` of contiguous tensors, into y and new_state."""
+    units = -(-A.shape[0] // BLOCK)
+    tape.step(_unit, units, x, dt, A, B, C, D, state, y, new_state, *state.shape)

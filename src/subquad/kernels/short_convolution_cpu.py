@@ -23,6 +23,7 @@ from subquad.kernels.cpu import (
     sequence_bounds,
     sigmoid,
 )
+from subquad.kernels.tape import Tape, integers, kernel
 
 BLOCK = 256  # channels a step: the W + 2 rows in play stay in the first-level cache
 FLUSH = 128  # tokens summed into float32 partial sums before these join the total
@@ -130,22 +131,28 @@ def _step(x, weight, bias, state, y, new_state, S, D, W, silu, start, stop):  # 
     inputs, outputs, taps, offset = at(x, (S, D)), at(y, (S, D)), at(weight, (D, W)), at(bias, (D,))
     past, old, new = W - 1, at(state, (S, W - 1, D)), at(new_state, (S, W - 1, D))
     for s in range(S):
-        out = outputs[s, start:stop]
-        for j in range(out.size):
-            out[j] = taps[start + j, past] * inputs[s, start + j]
+        out, now = outputs[s, start:stop], inputs[s, start:stop]
+        if W == 4:  # nearly every model: a width that the compiler knows, it can vectorise
+            four, a, b, c = at(weight, (D * 4,)), old[s, 0], old[s, 1], old[s, 2]
+            for j in range(start, stop):
+                before = four[4 * j] * a[j] + four[4 * j + 1] * b[j]
+                out[j - start] = before + four[4 * j + 2] * c[j] + four[4 * j + 3] * now[j - start]
+        else:
+            for j in range(out.size):
+                out[j] = taps[start + j, past] * now[j]
+            for w in range(past):
+                for j in range(out.size):
+                    out[j] += taps[start + j, w] * old[s, w, start + j]
         if bias != 0:
             for j in range(out.size):
                 out[j] += offset[start + j]
-        for w in range(past):
-            for j in range(out.size):
-                out[j] += taps[start + j, w] * old[s, w, start + j]
         if silu:
             for j in range(out.size):
                 out[j] *= sigmoid(out[j])
         for w in range(past - 1):
             new[s, w, start:stop] = old[s, w + 1, start:stop]
         if past > 0:
-            new[s, past - 1, start:stop] = inputs[s, start:stop]
+            new[s, past - 1, start:stop] = now
 
 
 def _offset(bias: Tensor | None, D: int) -> np.ndarray:
@@ -209,3 +216,27 @@ def step(
     sizes = (state.shape[0], D, W)
     over_channels(_step, D, x.numel(), *map(address, tensors), *sizes, silu)
     return y, new_state
+
+
+@kernel
+def _unit(arguments, unit):
+    x, weight, bias, state, y, new_state, S, D, W, silu = integers(arguments, 10)
+    start = unit * BLOCK
+    stop = min(start + BLOCK, D)
+    _step(x, weight, bias, state, y, new_state, S, D, W, silu != 0, start, stop)
+
+
+def record(
+    tape: Tape,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state: Tensor,
+    silu: bool,
+    y: Tensor,
+    new_state: Tensor,
+) -> None:
+    """`step` of contiguous tensors, into y and new_state."""
+    D, W = weight.shape
+    tensors = (x, weight, bias, state, y, new_state)
+    tape.step(_unit, -(-D // BLOCK), *tensors, state.shape[0], D, W, int(silu))

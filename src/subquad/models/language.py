@@ -12,9 +12,11 @@ from transformers.utils import can_return_tuple
 
 from subquad.mixers.base import Mixer, State
 from subquad.mixers.norms import RMSNorm
+from subquad.mixers.projection import project
 from subquad.models.block import Block, normed
 from subquad.models.cache import SubquadCache
 from subquad.models.config import SubquadConfig
+from subquad.models.decoder import Decoder
 from subquad.models.graph import replay as replay_step
 from subquad.models.packing import Packing, pack, pack_given
 from subquad.models.tokens import check_labels, embed
@@ -69,6 +71,7 @@ class SubquadModel(SubquadPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
         self._keep_in_fp32_modules_strict = float32_names(blocks)
         self.gradient_checkpointing = False
+        self.decoder = Decoder()
         self.post_init()
 
     @can_return_tuple
@@ -153,6 +156,10 @@ class SubquadModel(SubquadPreTrainedModel):
         self, x: Tensor, past: list[State | None], cu_seqlens: Tensor | None, keep_all: bool
     ) -> tuple[list[Tensor], list[State]]:
         """Run all blocks: each block's input (if keep_all) and the output; each layer's state."""
+        if cu_seqlens is None and not keep_all:
+            decoded = self.decoder(self.layers, self.norm, x, past)
+            if decoded is not None:
+                return [decoded[0]], decoded[1]
         hidden, states = [], []
         for block, state in zip(self.layers, past):
             if keep_all:
@@ -240,7 +247,7 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         last = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, last])
+        logits = project(self.lm_head, outputs.last_hidden_state[:, last])
         loss = None
         if labels is not None:
             check_labels(labels, logits.shape[:-1], self.config.vocab_size)

@@ -80,6 +80,11 @@ def selective_scan(
     return y.to(x.dtype), last_state
 
 
+def explain_token(x: Tensor, A: Tensor) -> Explanation:
+    """What `selective_scan` does with one float32 token x [Bt,1,D] on the CPU."""
+    return _explain("numba", x, A, x.shape[0])
+
+
 def _explain(impl: str, x: Tensor, A: Tensor, S: int) -> Explanation:
     kind = Recurrence("diagonal", "token_element")
     why = {

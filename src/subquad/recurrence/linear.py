@@ -1,0 +1,36 @@
+"""A projection of one token: on the CPU it is bound by reading the weight, and by waking threads.
+
+It stands with the engines because their threads do it: where PyTorch's threads waited for work
+beside ours, they would fight for the cores.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from subquad.recurrence.eager import can_call_compiled_code
+
+_WORTH = 1 << 16  # weights: for fewer, PyTorch is as fast
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias, as `torch.nn.functional.linear`.
+
+    Args:
+        x: [..., K].
+        weight: [N,K].
+        bias: [N] or None.
+
+    Returns:
+        [..., N].
+    """
+    one_row = x.numel() == weight.shape[-1] and weight.numel() >= _WORTH
+    given = (x, weight) if bias is None else (x, weight, bias)
+    if one_row and not torch.is_autocast_enabled("cpu") and can_call_compiled_code(given):
+        from subquad.kernels import linear_cpu  # compiles, and imports numba, when first used
+
+        y: Tensor = linear_cpu.linear(x, weight, bias)
+        return y
+    return F.linear(x, weight, bias)
