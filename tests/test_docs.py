@@ -8,6 +8,7 @@ numbers in tracebacks. (```py is for code that is only shown.) A table between
 is made from the code by the function TABLES[NAME]. `python tests/test_docs.py` writes them anew.
 """
 
+import json
 import re
 import sys
 import traceback
@@ -20,6 +21,7 @@ import torch
 
 from subquad.mixers import MIXERS
 from subquad.recurrence import ROWS, Row
+from subquad.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -143,11 +145,34 @@ def cpu_results() -> str:
     return (DOCS / "results" / "cpu.md").read_text(encoding="utf-8")
 
 
+def task_rows() -> str:
+    """What each task measures, who solves it, where it is from."""
+    lines = ["| Task | Measures | Solved by | From |", "|---|---|---|---|"]
+    for name, cls in TASKS.items():
+        lines.append(f"| `{name}` | {cls.measures} | {cls.solved_by} | {cls.source} |")
+    return "\n".join(lines) + "\n"
+
+
+def evidence() -> str:
+    """Every claim that benchmarks/evidence.py has judged, and its judgement."""
+    lines = ["| Experiment | Size | Claim | Ours |", "|---|---|---|---|"]
+    said = {True: "holds", False: "does not hold", None: "not judged: rows are missing"}
+    for file in sorted((DOCS / "results" / "evidence").glob("*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        page = f"[{record['experiment']}](results/evidence/{file.stem}.md)"
+        for judged in record["verdict"]:
+            cells = (page, record["size"], judged["claim"], said[judged["holds"]])
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "rows_that_run": rows_that_run,
     "rows_to_come": rows_to_come,
     "readme_rows": readme_rows,
     "cpu_results": cpu_results,
+    "tasks": task_rows,
+    "evidence": evidence,
 }
 
 
