@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.kernels import matrix_step, norm, short_convolution, timestep
+from subquad.kernels import matrix_step, norm, short_convolution, skip, timestep
 from subquad.recurrence import reference
 from subquad.recurrence.convolution import _convolve
 from subquad.recurrence.norm import _plain
@@ -217,3 +217,19 @@ def steps(
         return ((x * step[..., None]).to(x.dtype), log_decay) if values else (log_decay,)
 
     return Work(ours, torch_form, inputs, keep=("dt_bias", "A_log"))
+
+
+def skipped(B: int = 2, T: int = 70, H: int = 3, P: int = 20) -> Work:
+    torch.manual_seed(0)
+    inputs = {
+        "y": torch.randn(B, T, H, P), "x": _strided(B, T, H * P).unflatten(-1, (H, P)),
+        "weight": torch.randn(H),
+    }  # fmt: skip
+
+    def ours(y, x, weight):
+        return (skip.add_skip(y, x, weight),)
+
+    def torch_form(y, x, weight):
+        return (torch.addcmul(y, x, weight[:, None].to(x.dtype)),)
+
+    return Work(ours, torch_form, inputs, keep=("weight",))

@@ -15,10 +15,11 @@ from layer_cases import (
     convolved_token,
     errors,
     gated_norm,
+    skipped,
     steps,
     token,
 )
-from subquad.kernels import matrix_step, norm, short_convolution, timestep
+from subquad.kernels import matrix_step, norm, short_convolution, skip, timestep
 from subquad.recurrence.gpu import overwriting_states
 from subquad.recurrence.norm import gated_rms_norm, l2_norm
 
@@ -96,8 +97,19 @@ def test_steps(values, dtype):
     check(steps(2, 50, 5, 20, values, lowest=-25.0), dtype)
 
 
+@DTYPES
+def test_skip(dtype):
+    check(skipped(3, 333, 32, 64), dtype)
+    check(skipped(2, 50, 5, 20), dtype)
+
+
 def test_bits_repeat():
-    works = convolution(B=4, T=3000, D=300), gated_norm((9000, 512), 64), steps(4, 3000)
+    works = (
+        convolution(B=4, T=3000, D=300),
+        gated_norm((9000, 512), 64),
+        steps(4, 3000),
+        skipped(4, 3000),
+    )
     for work in works:
         first, second = (work.results(work.ours, "cuda", BF16) for _ in range(2))
         assert all(torch.equal(first[name], second[name]) for name in first)
@@ -131,6 +143,7 @@ def test_opcheck():
     inputs = [x.requires_grad_() for x in cuda(convolution(T=9))]
     torch.library.opcheck(short_convolution.convolve, (*inputs, None, True))
     torch.library.opcheck(timestep.discretise, [x.requires_grad_() for x in cuda(steps(T=9))])
+    torch.library.opcheck(skip.add_skip, [x.requires_grad_() for x in cuda(skipped(T=9))])
     x, gate, weight = (x.requires_grad_() for x in cuda(gated_norm()))
     torch.library.opcheck(norm.norm, (x, gate, weight, 20, True, 1e-5, 1.0))
 

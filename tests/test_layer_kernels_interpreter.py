@@ -53,6 +53,9 @@ def cases() -> dict[str, tuple[str, dict]]:
     found["steps: tiny"] = "steps", {"lowest": -25.0}
     found["steps: one token"] = "steps", {"B": 3, "T": 1, "H": 5, "P": 64}
     found["steps: bfloat16"] = "steps", {}
+    found["skipped"] = "skipped", {}
+    found["skipped: one token"] = "skipped", {"B": 3, "T": 1, "H": 5, "P": 64}
+    found["skipped: bfloat16"] = "skipped", {}
     found["norm: bfloat16"] = "gated_norm", {"order": "gate first", "weight": "own"}
     return found
 
@@ -109,7 +112,7 @@ def check() -> None:
     import torch
 
     import layer_cases
-    from subquad.kernels import matrix_step, norm, short_convolution, timestep
+    from subquad.kernels import matrix_step, norm, short_convolution, skip, timestep
 
     q, k, v, g, beta, a, b, bonus, state = layer_cases.token("[B,T,H]", "delta").inputs.values()
     given = (q, k, v, g, beta, a, b, bonus, 0.3, state)
@@ -122,6 +125,8 @@ def check() -> None:
     torch.library.opcheck(short_convolution.convolve, (*inputs, None, True))
     inputs = [x.requires_grad_() for x in layer_cases.steps(T=9).inputs.values()]
     torch.library.opcheck(timestep.discretise, inputs)
+    inputs = [x.requires_grad_() for x in layer_cases.skipped(T=9).inputs.values()]
+    torch.library.opcheck(skip.add_skip, inputs)
     x, gate, weight = (x.requires_grad_() for x in layer_cases.gated_norm().inputs.values())
     torch.library.opcheck(norm.norm, (x, gate, weight, 20, True, 1e-5, 1.0))
 

@@ -11,6 +11,7 @@ from subquad.mixers.convolution import ShortConvolution
 from subquad.mixers.init import no_weight_decay, set_log_uniform_, set_step_size_
 from subquad.mixers.norms import GateThenNorm
 from subquad.recurrence import linear_recurrence
+from subquad.recurrence.skip import add_skip
 from subquad.recurrence.timestep import discretize
 from subquad.recurrence.token import Token
 
@@ -108,8 +109,7 @@ class Mamba2(Mixer):
             state=past.get("recurrent"),
             cu_seqlens=cu_seqlens,
         )
-        y = torch.addcmul(y, x, self.D[:, None].to(x.dtype))
-        y = self.norm(y.flatten(-2), z)
+        y = self.norm(add_skip(y, x, self.D).flatten(-2), z)
         return self.out_proj(y), {"conv": conv, "recurrent": recurrent}
 
     def record(self, token: Token, x: Tensor, past: State) -> tuple[Tensor, State]:
