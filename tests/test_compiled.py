@@ -137,6 +137,34 @@ def test_transforms_see_every_operation():
     torch.testing.assert_close(torch.vmap(f)(several)[1], f(several[1]))
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["openmp", "pool"])
+def test_threads(own, monkeypatch):
+    """All slices run, on torch's team as on our own; errors come through; the caller's treatment
+    of denormal numbers stays as it was."""
+    from subquad.kernels import cpu
+
+    if own:
+        monkeypatch.setattr(cpu, "_parallel", None)
+    elif cpu._parallel is None:
+        pytest.skip("torch runs on another kind of threads")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    seen = []
+
+    def kernel(offset, first, last):
+        seen.append((first, last, bool(cpu.SMALLEST * np.float32(0.5) == 0)))
+        return offset + first
+
+    assert cpu.over_channels(kernel, 40, cpu.SMALL, 1000) == [1000, 1016, 1032]
+    assert sorted(seen) == [(0, 16, True), (16, 32, True), (32, 40, True)]
+    assert cpu.SMALLEST * np.float32(0.5) > 0
+
+    def broken(first, last):
+        raise KeyError(first)
+
+    with pytest.raises(KeyError):
+        cpu.over_channels(broken, 40, cpu.SMALL)
+
+
 @pytest.mark.parametrize("L", [8, 24, 64])
 def test_products(L):
     from subquad.kernels import product_cpu as product
