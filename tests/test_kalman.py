@@ -347,6 +347,8 @@ MODEL = GaussianStateSpace(ONE, [[1.0]], [[1.0]])
         (lambda: MODEL.filter(torch.ones(5)), "y"),
         (lambda: MODEL.filter(torch.ones(5, 2)), "y"),
         (lambda: MODEL.filter([[1.0]]), "y"),
+        (lambda: random_model(batch=(2,)).filter(torch.ones(3, 5, 3)), "y"),
+        (lambda: MODEL.filter(torch.ones(2, 5, 1), torch.ones(3, 5, 1)), "u"),
         (lambda: MODEL.filter(torch.full((5, 1), math.inf)), "y"),
         (lambda: MODEL.filter(torch.ones(5, 1), torch.ones(4, 1)), "u"),
         (lambda: MODEL.filter(torch.ones(5, 1), torch.ones(5, 1) * math.nan), "u"),

@@ -17,7 +17,7 @@ from subquad.ssm.discrete import (
     check_frequencies,
     finite_response,
 )
-from subquad.ssm.discretize import ALPHAS, discretize, implicit_part
+from subquad.ssm.discretize import ALPHAS, discretize
 from subquad.ssm.matrix import Dense, Diagonal, unsqueeze
 from subquad.ssm.system import LinearSystem, check_signal
 
@@ -61,8 +61,10 @@ class StateSpace(LinearSystem):
         elif ALPHAS.get(method, 0.0) == 0:
             C, D = self.C, self.through
         else:  # of the slope a share alpha is taken at the end, where the input has acted
-            C = implicit_part(self.matrix, step, method).mT.solve(self.C.mT).mT
-            D = self.through + ALPHAS[method] * self.C @ B_bar
+            alpha = ALPHAS[method]
+            inverse = A_bar.affine(alpha, 1 - alpha)  # (1 - alpha dt A)^-1
+            C = (inverse.mT @ self.C.mT).mT
+            D = self.through + alpha * self.C @ B_bar
         A = A_bar.matrix if isinstance(A_bar, Dense) else A_bar
         return DiscreteStateSpace(A, B_bar, C, D, dt=step if isinstance(dt, Tensor) else dt)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from subquad.recurrence.validate import fail
 from subquad.ssm.response import response
-from subquad.ssm.system import LinearSystem, check_signal
+from subquad.ssm.system import LinearSystem, check_batch, check_signal
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +158,7 @@ class DiscreteStateSpace(LinearSystem):
         if x0 is None:
             return u, u.new_zeros(*batch, self.state_size)
         x = check_signal("x0", x0, self, self.state_size, "[...,N]")
+        check_batch("x0", x.shape[:-1], batch)
         dtype = self._meet(u, x)
         batch = torch.broadcast_shapes(batch, x.shape[:-1])
         return u.to(dtype), x.to(dtype).expand(*batch, self.state_size)

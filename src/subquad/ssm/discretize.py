@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from subquad.recurrence.validate import choose, fail
-from subquad.ssm.matrix import Dense, Diagonal, StateMatrix
+from subquad.ssm.matrix import DPLR, Dense, Diagonal, Singular, StateMatrix
 
 ALPHAS = {"euler": 0.0, "bilinear": 0.5, "backward_euler": 1.0}
 METHODS = ("zoh", *ALPHAS)
@@ -74,25 +74,20 @@ def discretize(A: StateMatrix, B: Tensor, dt: Tensor, method: str) -> tuple[Stat
         return _hold(A, B, dt)
     if method == "euler":
         return A.affine(dt, 1.0), dt[..., None, None] * B
-    M = implicit_part(A, dt, method)
     alpha = ALPHAS[method]
-    # M^-1 (1 + (1 - alpha) dt A) written without A, which is (1 - M) / (alpha dt)
-    return M.inverse().affine(1 / alpha, 1 - 1 / alpha), M.solve(dt[..., None, None] * B)
-
-
-def implicit_part(A: StateMatrix, dt: Tensor, method: str) -> StateMatrix:
-    """M = I - alpha dt A, which must have an inverse."""
-    alpha = ALPHAS[method]
-    M = A.affine(-alpha * dt, 1.0)
-    if not torch.compiler.is_compiling() and M.is_singular():
-        share = "" if alpha == 1 else f" {alpha:g}"
+    try:
+        inverse = A.affine(-alpha * dt, 1.0).inverse()
+    except Singular:
+        what = "I - dt A" if alpha == 1 else f"I - {alpha:g} dt A"
+        what += ", or its diagonal part, is" if isinstance(A, DPLR) else " is"
         raise fail(
             "dt",
-            f"{dt.tolist()}, for which I -{share} dt A is singular",
+            f"{dt.tolist()}, for which {what} singular",
             f"no eigenvalue of A at {1 / alpha:g} / dt (method={method!r} divides by it)",
             "take another dt, or method='zoh', which has no such step",
-        )
-    return M
+        ) from None
+    # (1 + (1 - alpha) dt A) written without A, which is (1 - inverse^-1) / (alpha dt)
+    return inverse.affine(1 / alpha, 1 - 1 / alpha), inverse @ (dt[..., None, None] * B)
 
 
 def _hold(A: StateMatrix, B: Tensor, dt: Tensor) -> tuple[StateMatrix, Tensor]:

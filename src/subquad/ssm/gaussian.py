@@ -20,6 +20,7 @@ from subquad.ssm.continuous import StateSpace
 from subquad.ssm.discrete import DiscreteStateSpace
 from subquad.ssm.kalman import Filtered, Smoothed
 from subquad.ssm.matrix import check_parameter
+from subquad.ssm.system import check_batch
 
 FORMS = ("recurrent", "parallel")
 
@@ -195,12 +196,14 @@ class GaussianStateSpace:
         if y.is_complex() or y.shape[-1] != O:
             got = f"shape {tuple(y.shape)}, {y.dtype}"
             raise fail("y", got, f"[...,T,{O}] real", "one output is y[..., None]")
+        check_batch("y", y.shape[:-2], self.batch)
         seen = ~y.isnan()
         if bool(y.isinf().any()):
             raise fail("y", "infinity", "finite numbers, or NaN where nothing was observed", "NaN")
         if u is None:
             u = y.new_zeros(y.shape[-2], I)
         u = check_parameter("u", u, 2, "[...,T,I]")
+        check_batch("u", u.shape[:-2], torch.broadcast_shapes(self.batch, y.shape[:-2]))
         if tuple(u.shape[-2:]) != (y.shape[-2], I) or not bool(u.isfinite().all()):
             want = f"[...,{y.shape[-2]},{I}] finite: as long as y"
             raise fail("u", f"shape {tuple(u.shape)}", want, "check its layout and values")

@@ -226,8 +226,8 @@ def _stretch(k: Tensor, N: int) -> tuple[Tensor, Tensor]:
 
     Without new input the past is stretched: with r = k/(k+1) the step maps a polynomial p on [0, 1]
     to the projection of p(y/r) on [0, r], 0 beyond. Its matrix r int p_n(r y) p_k(y) dy is what N
-    Gauss-Legendre nodes integrate exactly; an exponential of a matrix with entries of size N, far
-    from normal, keeps fewer digits. A constant signal keeps its coefficients e_0 = A_bar e_0 +
+    Gauss-Legendre nodes integrate exactly, in less than half an exponential's time, and at k = 0,
+    too, where the exponent is infinite. A constant signal keeps its coefficients, e_0 = A_bar e_0 +
     B_bar, which gives B_bar.
     """
     nodes, weights = np.polynomial.legendre.leggauss(N)

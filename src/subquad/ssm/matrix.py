@@ -27,6 +27,13 @@ def adjoint(x: Tensor) -> Tensor:
     return x.mT.conj()
 
 
+DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+
+
+class Singular(ValueError):
+    """An inverse was asked for that is none, or has next to no right digit."""
+
+
 @dataclass(frozen=True, eq=False)
 class Dense:
     """A matrix that is all there: `matrix` [...,N,N]."""
@@ -69,16 +76,12 @@ class Dense:
         return torch.linalg.solve_ex(self.matrix, x)[0]
 
     def inverse(self) -> Dense:
-        return Dense(torch.linalg.inv_ex(self.matrix)[0])
-
-    def is_singular(self) -> bool:
-        """Whether solving would lose nearly all digits, A being a sum of I and something."""
-        with torch.no_grad():
-            inverse, info = torch.linalg.inv_ex(self.matrix)
-            if bool((info != 0).any()):
-                return True
-            condition = (1 + _one_norm(self.matrix)) * _one_norm(inverse)
-            return not bool((16 * torch.finfo(self.matrix.dtype).eps * condition < 1).all())
+        inverse, _ = torch.linalg.inv_ex(self.matrix)
+        if not torch.compiler.is_compiling():
+            with torch.no_grad():
+                condition = (1 + _one_norm(self.matrix)) * _one_norm(inverse)
+                _check_regular(condition)
+        return Dense(inverse)
 
     def eigenvalues(self) -> Tensor:
         return torch.linalg.eigvals(self.matrix)
@@ -122,13 +125,14 @@ class Diagonal:
         return Diagonal(_column(scale, 1) * self.lam + _column(shift, 1))
 
     def solve(self, x: Tensor) -> Tensor:
+        """A^-1 x."""
         return x / self.lam[..., None]
 
     def inverse(self) -> Diagonal:
-        return Diagonal(1 / self.lam)
-
-    def is_singular(self) -> bool:
-        return bool((self.lam.abs() < 16 * torch.finfo(self.lam.dtype).eps).any())
+        inverse = 1 / self.lam
+        if not torch.compiler.is_compiling():
+            _check_regular(inverse.detach().abs())
+        return Diagonal(inverse)
 
     def eigenvalues(self) -> Tensor:
         return self.lam
@@ -188,25 +192,26 @@ class DPLR:
         return DPLR(lam, _column(scale, 2) * self.p, self.q)
 
     def solve(self, x: Tensor) -> Tensor:
-        return self.inverse() @ x
+        """A^-1 x; as a dense matrix where Woodbury's formula does not hold."""
+        try:
+            return self.inverse() @ x
+        except Singular:
+            return Dense(self.dense()).solve(x)
 
     def inverse(self) -> DPLR:
-        """(L - p q^*)^-1 = L^-1 + L^-1 p (1 - q^* L^-1 p)^-1 q^* L^-1 (Woodbury)."""
-        p = self.p / self.lam[..., None]
-        core = self._core()
-        p = torch.linalg.solve_ex(core, p, left=False)[0]
-        return DPLR(1 / self.lam, -p, self.q / self.lam.conj()[..., None])
+        """(L - p q^*)^-1 = L^-1 + L^-1 p (1 - q^* L^-1 p)^-1 q^* L^-1 (Woodbury).
 
-    def is_singular(self) -> bool:
-        return Diagonal(self.lam).is_singular() or Dense(self._core()).is_singular()
+        Also Singular if L is, whatever the sum.
+        """
+        diagonal = Diagonal(self.lam).inverse()
+        p = diagonal @ self.p
+        product = adjoint(self.q) @ p
+        eye = torch.eye(product.shape[-1], dtype=product.dtype, device=product.device)
+        core = Dense(eye - product).inverse()
+        return DPLR(diagonal.lam, -(p @ core.matrix), diagonal.lam.conj()[..., None] * self.q)
 
     def eigenvalues(self) -> Tensor:
         return torch.linalg.eigvals(self.dense())
-
-    def _core(self) -> Tensor:
-        """1 - q^* L^-1 p [...,r,r]: singular exactly if the whole matrix is, L being regular."""
-        product = adjoint(self.q) @ (self.p / self.lam[..., None])
-        return torch.eye(product.shape[-1], dtype=product.dtype, device=product.device) - product
 
 
 StateMatrix: TypeAlias = Dense | Diagonal | DPLR
@@ -229,8 +234,8 @@ def check_parameter(name: str, x: object, ndim: int, layout: str) -> Tensor:
     """`x` must be a real or complex tensor of at least `ndim` dimensions, none of them empty."""
     if not isinstance(x, Tensor):
         raise fail(name, type(x).__name__, f"a torch tensor {layout}", "torch.as_tensor(...)")
-    if not (x.is_floating_point() or x.is_complex()):
-        raise fail(name, x.dtype, "real or complex floating-point numbers", f"{name}.double()")
+    if x.dtype not in DTYPES:
+        raise fail(name, x.dtype, "float32 or 64, complex64 or 128", f"{name}.double()")
     if x.ndim < ndim or 0 in x.shape:
         raise fail(name, f"shape {tuple(x.shape)}", layout, "check its layout and sizes")
     return x
@@ -239,6 +244,12 @@ def check_parameter(name: str, x: object, ndim: int, layout: str) -> Tensor:
 def _column(x: Tensor | float, ndim: int) -> Tensor | float:
     """A number a batch entry [...] made to broadcast against [...,N] or [...,N,N]."""
     return x[(..., *[None] * ndim)] if isinstance(x, Tensor) else x
+
+
+def _check_regular(condition: Tensor) -> None:
+    """`condition`: how much larger errors get, for a matrix that is I plus something."""
+    if not bool((16 * torch.finfo(condition.dtype).eps * condition < 1).all()):
+        raise Singular("the matrix is singular")
 
 
 def _one_norm(x: Tensor) -> Tensor:

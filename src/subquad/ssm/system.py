@@ -230,11 +230,23 @@ def _check_batches(shapes: dict[str, torch.Size]) -> None:
 
 def check_signal(name: str, x: object, system: LinearSystem, width: int, layout: str) -> Tensor:
     """An input or a state: finite numbers, [...,width], batch broadcasting with the system's."""
-    if not isinstance(x, Tensor):
-        raise fail(name, type(x).__name__, f"a torch tensor {layout}", "torch.as_tensor(...)")
-    check_parameter(name, x, layout.count(","), layout)
+    dims = layout.count(",")
+    x = check_parameter(name, x, dims, layout)
     if x.shape[-1] != width:
         fix = f"one input is {name}[..., None]" if width == 1 else "check its layout"
         raise fail(name, f"shape {tuple(x.shape)}", f"{layout}, the last of size {width}", fix)
+    if x.device != system.device:
+        raise fail(name, f"device {x.device}", f"device {system.device}", "move one of the two")
+    check_batch(name, x.shape[:-dims], system.batch)
     _check_finite(name, x)
     return x.to(torch.promote_types(x.dtype, system.dtype))
+
+
+def check_batch(name: str, batch: torch.Size, systems: torch.Size) -> None:
+    """`batch`, the leading dimensions of an argument, must broadcast with those of the systems."""
+    try:
+        torch.broadcast_shapes(batch, systems)
+    except RuntimeError:
+        want = f"a batch that broadcasts with the systems' {tuple(systems)}"
+        fix = "the systems' dimensions come last, others before them"
+        raise fail(name, f"batch {tuple(batch)}", want, fix) from None
