@@ -1,6 +1,10 @@
-"""Ours against flash-linear-attention on this machine's GPU, side by side in one run.
+"""Ours against flash-linear-attention and mamba_ssm on this machine's GPU, side by side in one run.
 
     PYTHONPATH=src python benchmarks/gpu.py --out gpu.json
+    PYTHONPATH=src python benchmarks/gpu.py --crossing --out crossing.json
+
+`--crossing` times ours against causal softmax attention (torch's SDPA) instead, 32,768 tokens in
+sequences of 1k to 128k, to find the length from which a linear row is the faster.
 
 Milliseconds of forward and of forward + backward, medians: of eager calls, and of a captured
 graph's replays, which hold no launch from Python. Beside them the memory floor (each input read
@@ -16,7 +20,7 @@ import argparse
 import datetime
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -28,7 +32,10 @@ SHAPES = {  # B, T, H, Hk, K, V
     "B8 T4096 H16 K128 V128": (8, 4096, 16, 16, 128, 128),
     "B1 T65536 H16 K128 V128": (1, 65536, 16, 16, 128, 128),
     "B8 T4096 H32 G1 K128 V64 (Mamba-2)": (8, 4096, 32, 1, 128, 64),
+    "B8 T4096 H16 K64 V64": (8, 4096, 16, 16, 64, 64),
+    "B8 T4096 H16 K256 V256": (8, 4096, 16, 16, 256, 256),
 }
+CROSSING = [2**power for power in range(10, 18)]  # tokens of a sequence
 GATES = ("none", "fixed", "head", "key")
 
 
@@ -73,6 +80,32 @@ def fla(gate: str, shape: tuple[int, ...]) -> Callable[..., Tensor]:
         return (chunk_simple_gla if gate == "head" else chunk_gla)(q, k, v, log_decay)[0]
 
     return run
+
+
+def mamba_ssm(gate: str, shape: tuple[int, ...]) -> Callable[..., Tensor]:
+    """mamba_ssm's chunked scan: the gates are -dt and dt scales the values inside its kernels."""
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    A = -torch.ones(shape[2], device="cuda")
+
+    def run(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
+        return mamba_chunk_scan_combined(v, -log_decay, A, k, q, chunk_size=128)
+
+    return run
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, gate: None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def choose_peer(name: str, gate: str, shape: tuple[int, ...]) -> Callable[..., Tensor] | None:
+    """None where the peer has no such operation."""
+    if name == "ours":
+        return ours
+    if name == "fla":
+        return fla(gate, shape)
+    return mamba_ssm(gate, shape) if gate == "head" and shape[3] == 1 else None
 
 
 def lift_refusal() -> None:
@@ -159,7 +192,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gates", nargs="+", default=GATES, choices=GATES)
     parser.add_argument("--shapes", nargs="+", type=int, default=range(len(SHAPES)))
-    parser.add_argument("--peers", nargs="*", default=["fla"], choices=["fla"])
+    parser.add_argument("--peers", nargs="*", default=["fla"], choices=["fla", "mamba_ssm"])
+    parser.add_argument("--crossing", action="store_true")
     parser.add_argument("--lift-refusal", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     args = parser.parse_args()
@@ -177,24 +211,46 @@ def main() -> None:
         "copy_TB_per_s": rate / 1e12,
         "rows": [],
     }
+    for row in crossing() if args.crossing else against_peers(args, rate):
+        report["rows"].append(row)
+        args.out.write_text(json.dumps(report, indent=1))
+        torch.cuda.empty_cache()
+
+
+def against_peers(args: argparse.Namespace, rate: float) -> Iterator[dict]:
     for name in [list(SHAPES)[i] for i in args.shapes]:
         for gate in args.gates:
             if "Mamba" in name and gate != "head":
                 continue
             tensors, log_decay = inputs(SHAPES[name], gate)
-            forward, both = floor_ms(tensors, log_decay, rate)
-            row = {"shape": name, "gate": gate, "floor_ms": [forward, both]}
+            row = {"shape": name, "gate": gate, "floor_ms": floor_ms(tensors, log_decay, rate)}
             for peer in ("ours", *args.peers):
-                run = ours if peer == "ours" else fla(gate, SHAPES[name])
-                try:
-                    row[peer] = measure(run, tensors, log_decay)
-                except Exception as error:  # a peer that cannot run is a result
-                    row[peer] = {"error": f"{type(error).__name__}: {error}"[:200]}
-                print(name, gate, peer, row[peer], flush=True)
-            report["rows"].append(row)
-            args.out.write_text(json.dumps(report, indent=1))
-            del tensors, log_decay
-            torch.cuda.empty_cache()
+                row |= measured(peer, choose_peer(peer, gate, SHAPES[name]), tensors, log_decay)
+                print(name, gate, peer, row.get(peer), flush=True)
+            yield row
+
+
+def crossing() -> Iterator[dict]:
+    for tokens in CROSSING:
+        shape = (max(1, 32768 // tokens), tokens, 16, 16, 128, 128)
+        row = {"tokens": tokens, "batch": shape[0]}
+        for gate in ("none", "head", "key"):
+            row |= measured(gate, ours, *inputs(shape, gate))
+        row |= measured("sdpa", sdpa, *inputs(shape, "none"))
+        print(
+            {n: r if isinstance(r, int) else r.get("both_ms") for n, r in row.items()}, flush=True
+        )
+        yield row
+
+
+def measured(name: str, run: Callable | None, tensors: list, gate: Tensor | None) -> dict:
+    """{name: figures}; {} if there is nothing to run."""
+    if run is None:
+        return {}
+    try:
+        return {name: measure(run, tensors, gate)}
+    except Exception as error:  # a peer that cannot run is a result
+        return {name: {"error": f"{type(error).__name__}: {error}"[:200]}}
 
 
 if __name__ == "__main__":

@@ -72,11 +72,11 @@ def main() -> None:
     from kernel_cases import Case, errors, kernels, oracle, results
     from subquad.kernels import layout, matrix
 
-    whole = layout.SHORTEST_SEGMENT, layout.PROGRAMS_PER_PROCESSOR
+    whole = layout.SHORTEST_SEGMENT, layout.WARPS_PER_PROCESSOR
     found = {}
     for name, arguments in cases().items():
         split = arguments.pop("split", False)
-        layout.SHORTEST_SEGMENT, layout.PROGRAMS_PER_PROCESSOR = (256, 64) if split else whole
+        layout.SHORTEST_SEGMENT, layout.WARPS_PER_PROCESSOR = (256, 256) if split else whole
         if "dtype" in arguments:
             arguments["dtype"] = getattr(torch, arguments["dtype"])
         case = Case(**arguments)

@@ -11,7 +11,7 @@ from torch import Tensor
 NONE, HEAD_FIXED, HEAD, KEY = range(4)  # kinds of gate, as scan.py numbers them
 PIECE = 256  # tokens a program of the gate sums; segments are multiples of it
 SHORTEST_SEGMENT = 1024  # tokens; shorter ones cost more in their extra pass than they give back
-PROGRAMS_PER_PROCESSOR = 2  # as many as fit at once; what a split of the sequence aims at
+WARPS_PER_PROCESSOR = 8  # as many as fit at once; what a split of the sequence aims at
 
 
 def gate_kind(log_decay: Tensor | None) -> int:
@@ -27,18 +27,25 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def choose_tiles(contracted: int, dtype: torch.dtype, gate: int) -> Tiles:
+def choose_tiles(contracted: int, width: int, dtype: torch.dtype, gate: int, slopes: bool) -> Tiles:
     """Tile sizes by shape class, measured with benchmarks/tune.py; figures in docs/kernels.md.
 
-    Never fewer than 64 columns, even where the head has fewer: narrower products on Hopper's
-    tensor cores read beside their operands (triton-lang/triton#11366; seen here on 3.6).
+    contracted, width: channels of the reader and of the output; slopes: gradients of q and k where
+    there are gates. Never fewer than 64 columns, even where the head has fewer: with fewer, the
+    products read beside their operands on Hopper (triton-lang/triton#11366; seen here on 3.6).
     """
     wide = padded(contracted) > 128
     if dtype != torch.bfloat16:  # twice the bytes, and several passes per product
         return Tiles(32, 64, 8 if wide else 4, 1)
+    if gate == KEY:
+        return Tiles(32, 64, 8, 2) if wide else Tiles(32, 64, 4, 3)
+    if slopes and wide:
+        return Tiles(32, 128, 8, 2)
+    if slopes:
+        return Tiles(32, 128 if padded(contracted) <= 64 < width else 64, 4, 3)
     if wide:
-        return Tiles(32, 64, 8, 2)
-    return Tiles(32, 64, 4, 3 if gate == KEY else 4)
+        return Tiles(32, 64, 4, 2)
+    return Tiles(32, 64, 4, 4) if width <= 64 else Tiles(32, 128, 8, 4)
 
 
 def padded(size: int) -> int:
@@ -77,12 +84,12 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def segment_length(batch: int, tokens: int, programs: int, device: torch.device) -> int:
-    """Split a sequence where `programs` for each would leave processors idle.
+def segment_length(batch: int, tokens: int, warps: int, device: torch.device) -> int:
+    """Split a sequence where its programs, of so many warps in all, would leave processors idle.
 
     Rounded down: one program more than fit at once would make all of them wait for it.
     """
-    wanted = PROGRAMS_PER_PROCESSOR * processors(device) // (programs * batch)
+    wanted = WARPS_PER_PROCESSOR * processors(device) // (warps * batch)
     if wanted < 3:  # nearly full already: the extra pass costs more
         return -(-tokens // PIECE) * PIECE
     length = max(SHORTEST_SEGMENT, -(-tokens // wanted))

@@ -71,8 +71,8 @@ def describe(
     """One line for `explain`: the kernel, its tile sizes, and how the sequence is split."""
     batch, tokens, heads, width = v.shape
     gate = gate_kind(log_decay)
-    tiles = choose_tiles(q.shape[-1], v.dtype, gate)
-    length = segment_length(batch, tokens, heads * blocks(width, tiles), v.device)
+    tiles = choose_tiles(q.shape[-1], width, v.dtype, gate, False)
+    length = segment_length(batch, tokens, heads * blocks(width, tiles) * tiles.warps, v.device)
     pieces = f"segments of {length} tokens" if length < tokens else "one pass over the sequence"
     return (
         f"scan ({GATE_NAMES[gate]}): chunks of {tiles.chunk} tokens, {tiles.columns} value columns "
@@ -264,9 +264,10 @@ def _plan(k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | N
     batch, tokens, heads, columns = v.shape
     width = k.shape[-1]
     gate = _prepare_gate(log_decay, v)
-    value_tiles = choose_tiles(width, v.dtype, gate.kind)
-    key_tiles = choose_tiles(columns, v.dtype, gate.kind)
-    length = segment_length(batch, tokens, heads * blocks(columns, value_tiles), v.device)
+    value_tiles = choose_tiles(width, columns, v.dtype, gate.kind, False)
+    key_tiles = choose_tiles(columns, width, v.dtype, gate.kind, gate.kind != NONE)
+    warps = heads * blocks(columns, value_tiles) * value_tiles.warps
+    length = segment_length(batch, tokens, warps, v.device)
     layout = lay_out(batch, tokens, length, cu_seqlens, value_tiles.chunk)
     gate = _sum_gate(gate, k, v, cu_seqlens, value_tiles.chunk)
     return _Plan(gate, layout, value_tiles, key_tiles)

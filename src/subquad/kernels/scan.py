@@ -20,7 +20,7 @@ where it lies, and never passes through shared memory. `docs/kernels.md` explain
 import triton
 import triton.language as tl
 
-from .tiles import FLOOR2, HEAD, HEAD_FIXED, LOG2E, NONE, gap, load_tile, locate
+from .tiles import FLOOR2, HEAD, HEAD_FIXED, LOG2E, NONE, gap, load_tile, locate, two_parts
 
 
 @triton.jit
@@ -72,12 +72,11 @@ def fixed_decays(distance, step_gate, t, count, BONUS: tl.constexpr):
 @triton.jit
 def read_state(state, r, WHOLE: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr):
     """state @ r^T. WHOLE: as two parts of 8 bits, so that hardly any of its bits is lost."""
-    high = state.to(DOT)
-    y = tl.dot(high, tl.trans(r), input_precision=PREC)
     if WHOLE and DOT.primitive_bitwidth == 16:
-        low = (state - high.to(tl.float32)).to(DOT)
-        y = tl.dot(low, tl.trans(r), y, input_precision=PREC)
-    return y
+        high, low = two_parts(state)
+        y = tl.dot(high, tl.trans(r))
+        return tl.dot(low, tl.trans(r), y)
+    return tl.dot(state.to(DOT), tl.trans(r), input_precision=PREC)
 
 
 @triton.jit(do_not_specialize=["tokens", "seg_len", "per_row", "chunks_in_all"])

@@ -8,7 +8,7 @@ rows, a thread holds few of its channels, and so few of their decays.
 import triton
 import triton.language as tl
 
-from .tiles import gap, load_gates, load_tile, locate
+from .tiles import LOG2E, gap, load_gates, load_tile, locate, two_parts
 
 
 @triton.jit
@@ -42,11 +42,17 @@ def along(vector, OUT: tl.constexpr):
 @triton.jit
 def read_state(r, state, WHOLE: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr):
     """r @ state. WHOLE: as two parts of 8 bits, so that hardly any of the state's bits is lost."""
-    high = state.to(DOT)
-    y = tl.dot(r, high, input_precision=PREC)
     if WHOLE and DOT.primitive_bitwidth == 16:
-        y = tl.dot(r, (state - high.to(tl.float32)).to(DOT), y, input_precision=PREC)
-    return y
+        high, low = two_parts(state)
+        y = tl.dot(r, high)
+        return tl.dot(r, low, y)
+    return tl.dot(r, state.to(DOT), input_precision=PREC)
+
+
+@triton.jit
+def decay(gates):
+    """exp of summed gates: exp2 needs no care for results below float32's normal range."""
+    return tl.exp2(gates * LOG2E)
 
 
 @triton.jit
@@ -89,31 +95,31 @@ def near_chunk(r, w, x, partner, state, gates, first, last, keep, PARTS: tl.cons
             column -= gates.to(tl.float32)
         else:
             row -= gates.to(tl.float32)
-    entered = state * along(tl.exp(enter), OUT)
+    entered = state * along(decay(enter), OUT)
     y = tl.zeros([C, state.shape[1]], tl.float32)
     dots = y
     if OUT:
-        moved = (x * tl.exp(column)).to(DOT)
+        moved = (x * decay(column)).to(DOT)
         if READ:
             scores = tl.dot(r, tl.trans(w), input_precision=PREC)
             scores = tl.where(keep, scores, 0.0).to(DOT)
             y = read_state(r, entered, SLOPES, DOT, PREC)
             y = tl.dot(scores, moved, y, input_precision=PREC)
-            row = tl.exp(row)
+            row = decay(row)
             if SLOPES:
                 dots = (partner * row).to(DOT) * y
             y *= row
         state = tl.dot(tl.trans(w), moved, entered, input_precision=PREC)
     else:
-        moved = (w * tl.exp(column)).to(DOT)
+        moved = (w * decay(column)).to(DOT)
         if READ:
-            reads = (r * tl.exp(row)).to(DOT)
+            reads = (r * decay(row)).to(DOT)
             scores = tl.dot(reads, tl.trans(moved), input_precision=PREC)
             scores = tl.where(keep, scores, 0.0).to(DOT)
             y = tl.dot(reads, entered.to(DOT), input_precision=PREC)
             y = tl.dot(scores, x, y, input_precision=PREC)
         state = tl.dot(tl.trans(moved), x, entered, input_precision=PREC)
-    return y, dots, state * along(tl.exp(leave), OUT)
+    return y, dots, state * along(decay(leave), OUT)
 
 
 @triton.jit
@@ -131,10 +137,10 @@ def far_chunk(r, w, x, partner, state, gates, total, PARTS: tl.constexpr,
     i = t[:, None]
     s = t[None, :]
     if BONUS:
-        before = tl.exp(sum_gates(tl.where(s < i, 1.0, 0.0), gates, PARTS))
+        before = decay(sum_gates(tl.where(s < i, 1.0, 0.0), gates, PARTS))
     else:
-        before = tl.exp(sum_gates(tl.where(s <= i, 1.0, 0.0), gates, PARTS))
-    after = tl.exp(sum_gates(tl.where(s > i, 1.0, 0.0), gates, PARTS))
+        before = decay(sum_gates(tl.where(s <= i, 1.0, 0.0), gates, PARTS))
+    after = decay(sum_gates(tl.where(s > i, 1.0, 0.0), gates, PARTS))
     if REVERSE:
         read, write = after, before
     else:
@@ -160,7 +166,7 @@ def far_chunk(r, w, x, partner, state, gates, total, PARTS: tl.constexpr,
                 ours = tl.where(right, (s >= boundary) & (s < i), (s > i) & (s < boundary + size))
             else:
                 ours = tl.where(right, (s >= boundary) & (s <= i), (s > i) & (s < boundary + size))
-            factor = tl.exp(sum_gates(tl.where(ours, 1.0, 0.0), gates, PARTS))
+            factor = decay(sum_gates(tl.where(ours, 1.0, 0.0), gates, PARTS))
             if REVERSE:
                 keep = near & ((i & size) == 0) & ((s & size) != 0)
             else:
@@ -184,7 +190,7 @@ def far_chunk(r, w, x, partner, state, gates, total, PARTS: tl.constexpr,
             if not BONUS:
                 scores += tl.where(i == s, undecayed[:, None], 0.0)
             y = tl.dot(scores.to(DOT), x, y, input_precision=PREC)
-    state = state * along(tl.exp(total), OUT)
+    state = state * along(decay(total), OUT)
     if OUT:
         state = tl.dot(tl.trans(w), (x * write).to(DOT), state, input_precision=PREC)
     else:

@@ -59,6 +59,15 @@ def gap(reader, writer, REVERSE: tl.constexpr):
         return reader - writer
 
 
+@triton.jit
+def two_parts(x):
+    """x as the sum of two bfloat16 numbers, the first cut off: to round it, and to widen it again
+    for the difference, takes four times as long as an addition."""
+    bits = x.to(tl.int32, bitcast=True) & -65536
+    high = bits.to(tl.float32, bitcast=True)
+    return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
+
+
 @triton.jit(do_not_specialize=["per_row"])
 def join(
     states, start, finish, totals, offsets, per_row,

@@ -188,7 +188,8 @@ def _plan(
             reason = f"the GPU kernels compute the chunked form, not form={form!r}"
         reason = reason or matrix.supported(q, k, v, log_decay, bonus, None, state, cu_seqlens)
         if reason is None:
-            chunk = matrix.choose_tiles(q.shape[-1], v.dtype, matrix.gate_kind(log_decay)).chunk
+            gate = matrix.gate_kind(log_decay)
+            chunk = matrix.choose_tiles(q.shape[-1], v.shape[-1], v.dtype, gate, False).chunk
             return _Plan("chunked", "triton", chunk, matrix.describe(q, k, v, log_decay))
         if impl == "triton":
             raise fail("impl", "'triton'", f"'auto' or 'torch': {reason}", "use impl='auto'")
