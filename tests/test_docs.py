@@ -19,6 +19,8 @@ from types import CodeType
 import pytest
 import torch
 
+from subquad.arena.scaling import QUANTITIES, scaling_from_json
+from subquad.arena.scaling_report import exponent_text
 from subquad.mixers import MIXERS
 from subquad.recurrence import ROWS, Row
 from subquad.tasks import TASKS
@@ -166,6 +168,23 @@ def evidence() -> str:
     return "\n".join(lines) + "\n"
 
 
+def scaling() -> str:
+    """The exponents that `subquad arena --scaling` last measured on a CPU."""
+    record = json.loads((DOCS / "results" / "scaling-cpu.json").read_text(encoding="utf-8"))
+    heads = ("train time", "train bytes", "decode time", "state bytes")
+    columns = [f"{head}, {variable}" for variable in ("T", "d") for head in heads]
+    lines = [
+        f"| Row | Claimed: train, a token | {' | '.join(columns)} |",
+        f"|---|---|{'--:|' * len(columns)}",
+    ]
+    for row in scaling_from_json(record):
+        fits = [row.exponents(v)[q] for v in ("T", "d") for q in QUANTITIES]
+        claim = f"{ROWS[row.row].train}, {ROWS[row.row].decode}"
+        cells = (f"`{row.row}`", claim, *map(exponent_text, fits))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "rows_that_run": rows_that_run,
     "rows_to_come": rows_to_come,
@@ -173,6 +192,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu_results": cpu_results,
     "tasks": task_rows,
     "evidence": evidence,
+    "scaling": scaling,
 }
 
 

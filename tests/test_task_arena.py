@@ -378,9 +378,10 @@ def test_scaling_finds_what_is_exact_and_reports_it(tmp_path):
     outline = Outline()
     outline.feed(page)
     assert not outline.outside and outline.svgs == 6
-    console = Console(width=100, record=True)
+    console = Console(width=80, record=True)
     console.print(scaling_table(json.loads((tmp_path / "scaling.json").read_text()), "T"))
-    assert "O(T²·d)" in console.export_text()
+    text = console.export_text()
+    assert "O(T²·d)" in text and "O(H·K·V)" in text and "…" not in text
 
 
 def test_a_series_ends_where_it_takes_too_long():

@@ -45,12 +45,12 @@ class ScalingConfig:
     """
 
     rows: tuple[str, ...] | None = None
-    tokens: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
+    tokens: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)
     widths: tuple[int, ...] = (128, 256, 512, 1024)
     width: int = 256
     length: int = 512
     seconds: float = 4.0
-    repeats: int = 5
+    repeats: int = 3
     device: str = "auto"
 
     def __post_init__(self) -> None:

@@ -22,25 +22,24 @@ def scaling_table(record: dict[str, Any], variable: str) -> Any:
     """A rich Table of the exponents in "T" or "d", beside what the paper claims."""
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     table.add_column(f"\nrow, in {variable}", no_wrap=True)
     for quantity in QUANTITIES:
         table.add_column(_HEADS[quantity], justify="right", no_wrap=True)
-    table.add_column("claimed:\ntraining", no_wrap=True)
-    table.add_column("\na token", no_wrap=True)
+    table.add_column("claimed:\ntrain, token", no_wrap=True)
     for row in scaling_from_json(record):
         fits = row.exponents(variable)
         claim = ROWS[row.row]
         cells = [exponent_text(fits[quantity]) for quantity in QUANTITIES]
-        table.add_row(row.row, *cells, claim.train, claim.decode)
+        table.add_row(row.row, *cells, f"{claim.train}\n{claim.decode}")
     return table
 
 
 def exponent_text(fit: Exponent | None) -> str:
-    """`1.02 ±.03`, the error being the slope's standard error."""
+    """`1.02±.03`, the error being the slope's standard error."""
     if fit is None:
         return "too few"
-    return f"{fit.value + 0.0:.2f} ±{fit.error:.2f}".replace("±0.", "±.").replace("-0.00", "0.00")
+    return f"{fit.value:.2f}±{fit.error:.2f}".replace("±0.", "±.").replace("-0.00", "0.00")
 
 
 def render_scaling(record: dict[str, Any]) -> str:
