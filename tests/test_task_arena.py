@@ -240,6 +240,9 @@ def test_rows_may_have_options():
         ({"settings": {"pears": 3}}, r"pears: got no such setting"),
         ({"steps": 0}, r"steps: got 0"),
         ({"lr": -1.0}, r"lr: got -1.0"),
+        ({"lr": "fast"}, r"lr: got 'fast'"),
+        ({"until_solved": 1}, r"until_solved: got 1"),
+        ({"settings": {"solved": 0.5}}, r"solved: got no such setting"),
         ({"parameters": 1000, "hidden_size": 32}, r"hidden_size: got 32, with parameters"),
         ({"preset": "huge"}, r"preset: got 'huge'"),
     ],
@@ -427,6 +430,8 @@ def test_the_command_trains_and_reports(tmp_path):
         ("--task nothing", "name: got 'nothing'"),
         ("--scaling --task mqar", "--task: does not go with --scaling"),
         ("--scaling --set colour=1", "--set colour: got no such field"),
+        ("--scaling --set tokens=512", "tokens: got [512]; expected three numbers"),
+        ("--scaling --set seconds=long", "seconds: got 'long'; expected a number above 0"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(words, message):

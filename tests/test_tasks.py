@@ -1,5 +1,6 @@
 """The tasks: drawn as published, evaluated by independent means, refused where they cannot be."""
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -144,8 +145,8 @@ def test_names_presets_and_arguments_are_refused_too():
 def test_whole_numbers_either_draw_or_are_refused_by_a_field(data):
     """No setting leads to anything but a batch or a ValueError that names a field."""
     name = data.draw(st.sampled_from(sorted(set(TASKS) - {"digits"})))
-    fields = TASKS[name].__dataclass_fields__
-    whole = [f for f in fields if isinstance(fields[f].default, int)]
+    fields = {field.name: field.default for field in dataclasses.fields(TASKS[name])}
+    whole = [name for name, default in fields.items() if isinstance(default, int)]
     given_ = data.draw(st.dictionaries(st.sampled_from(whole), st.integers(-2, 40), max_size=3))
     try:
         batch = tasks.get(name, **given_).sample(2)

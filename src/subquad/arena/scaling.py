@@ -28,7 +28,7 @@ from subquad.mixers import MIXERS, Mixer
 from subquad.models.device import pick_device
 from subquad.recurrence import ROWS
 from subquad.recurrence.validate import choose, fail
-from subquad.tasks.base import check_count
+from subquad.tasks.base import check_count, check_number
 
 QUANTITIES = ("train seconds", "train bytes", "decode seconds", "decode bytes")
 
@@ -57,7 +57,8 @@ class ScalingConfig:
         for row in self.rows or ():
             choose("rows", row, tuple(MIXERS))
         for name in ("tokens", "widths"):
-            values = tuple(getattr(self, name))
+            given = getattr(self, name)
+            values = tuple(given) if isinstance(given, list | tuple) else (given,)
             object.__setattr__(self, name, values)
             for value in values:
                 check_count(name, value)
@@ -66,8 +67,7 @@ class ScalingConfig:
                 raise fail(name, list(values), expected, "--set tokens=[512,1024,2048]")
         for name in ("width", "length", "repeats"):
             check_count(name, getattr(self, name))
-        if not self.seconds > 0:
-            raise fail("seconds", self.seconds, "a positive number", "e.g. 4")
+        check_number("seconds", self.seconds, most=math.inf)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What an arena on a task was asked, planned and found: records that go to JSON and back."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -9,7 +10,7 @@ from subquad.arena.entrants import Entrant
 from subquad.arena.results import Shape
 from subquad.recurrence.validate import fail
 from subquad.tasks import Recipe, Task
-from subquad.tasks.base import check_count
+from subquad.tasks.base import check_count, check_flag, check_number
 
 DEFAULT_ROWS = ("softmax_attention", "mamba", "mamba2", "gla", "gated_deltanet", "s4d")
 _TESTS_WHILE_TRAINING = 20
@@ -50,7 +51,8 @@ class TaskArenaConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", tuple(self.rows))
+        rows = self.rows.split(",") if isinstance(self.rows, str) else self.rows
+        object.__setattr__(self, "rows", tuple(rows))
         # JSON has no tuples; a config read back must equal the one written.
         object.__setattr__(self, "settings", json.loads(json.dumps(self.settings)))
         self.build()  # lets the task judge its settings
@@ -64,8 +66,9 @@ class TaskArenaConfig:
         for name in ("test_sequences", "test_tokens", "quadratic_limit"):
             check_count(name, getattr(self, name))
         check_count("seed", self.seed, least=0)
-        if self.lr is not None and not self.lr > 0:
-            raise fail("lr", self.lr, "a positive number", "leave it out")
+        if self.lr is not None:
+            check_number("lr", self.lr, most=math.inf)
+        check_flag("until_solved", self.until_solved)
         if self.parameters is not None and self.hidden_size is not None:
             got = f"{self.hidden_size}, with parameters = {self.parameters}"
             raise fail("hidden_size", got, "one of the two", "models are equally large or wide")

@@ -10,6 +10,7 @@
 one, equally.
 """
 
+import dataclasses
 import importlib
 from typing import Any
 
@@ -55,7 +56,7 @@ def get(name: str, *, preset: str = "small", **settings: Any) -> Task:
     choose("name", name, tuple(TASKS))
     cls = TASKS[name]
     choose("preset", preset, tuple(cls.presets))
-    known = tuple(cls.__dataclass_fields__)
+    known = tuple(field.name for field in dataclasses.fields(cls))
     for setting in settings:
         if setting not in known:
             raise fail(

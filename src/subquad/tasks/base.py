@@ -195,7 +195,7 @@ def check_number(name: str, value: object, most: float) -> None:
     """`value` must be a number above 0 and at most this."""
     real = isinstance(value, int | float) and not isinstance(value, bool)
     if not real or not 0 < value <= most:  # type: ignore[operator]
-        expected = f"a number above 0 and at most {most:g}"
+        expected = "a number above 0" + (f" and at most {most:g}" if most < math.inf else "")
         raise fail(name, repr(value), expected, f"change {name}")
 
 
