@@ -294,6 +294,19 @@ def test_gradients(shape, method, dtype):
     assert torch.autograd.gradcheck(run, inputs)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_compiles_into_one_graph(shape):
+    s, u = system(shape), randn(40, 2)
+    parts = (s.A,) if shape == "dense" else s.A.tensors
+    kind = {"dense": lambda A: A, "diagonal": Diagonal, "dplr": DPLR}[shape]
+
+    def run(B, C, u, *parts):
+        return StateSpace(kind(*parts), B, C).discretize(0.1, "bilinear").convolve(u)
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(s.B, s.C, u, *parts), run(s.B, s.C, u, *parts))
+
+
 # ---- to and from scipy, and other conveniences
 
 
@@ -386,9 +399,16 @@ U = torch.ones(8, 1)
         (lambda: StateSpace(**GOOD | {"C": torch.ones(1, 2) * math.nan}), "C"),
         (lambda: StateSpace(**GOOD | {"D": torch.ones(2, 1)}), "D"),
         (lambda: StateSpace(**GOOD | {"A": torch.ones(3, 2, 2), "B": torch.ones(4, 2, 1)}), "A, B"),
-        (lambda: DPLR(torch.ones(3), torch.ones(3), torch.ones(3)), "p"),
-        (lambda: DPLR(torch.ones(3), torch.ones(3, 1), torch.ones(3, 2)), "q"),
-        (lambda: Diagonal([1.0]), "lam"),
+        (lambda: StateSpace(**GOOD | {"A": DPLR(*[torch.ones(2)] * 3)}), "A.p"),
+        (
+            lambda: StateSpace(
+                **GOOD | {"A": DPLR(torch.ones(2), torch.ones(2, 1), torch.ones(2, 2))}
+            ),
+            "A.q",
+        ),
+        (lambda: StateSpace(**GOOD | {"A": Diagonal([1.0])}), "A.lam"),
+        (lambda: STABLE.impulse_response(torch.tensor([-1.0])), "times"),
+        (lambda: STABLE.impulse_response(1.0), "times"),
         (lambda: StateSpace.from_scipy([1, 2]), "system"),
         (lambda: STABLE.discretize(0.0), "dt"),
         (lambda: STABLE.discretize(math.nan), "dt"),

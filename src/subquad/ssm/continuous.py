@@ -12,11 +12,7 @@ import torch
 from torch import Tensor
 
 from subquad.recurrence.validate import choose, fail
-from subquad.ssm.discrete import (
-    DiscreteStateSpace,
-    check_frequencies,
-    finite_response,
-)
+from subquad.ssm.discrete import DiscreteStateSpace, check_frequencies, finite_response
 from subquad.ssm.discretize import ALPHAS, discretize
 from subquad.ssm.matrix import Dense, Diagonal, unsqueeze
 from subquad.ssm.system import LinearSystem, check_signal
@@ -89,7 +85,7 @@ class StateSpace(LinearSystem):
         u, x = u.to(dtype), x.to(dtype)[..., None]
         A, B, states = unsqueeze(self.matrix), self.B[..., None, :, :], [x]
         for k, gap in enumerate(times.diff().split(GAPS)):
-            A_bar, B_bar = discretize(A, B, gap.to(self.B.real.dtype), "zoh")
+            A_bar, B_bar = discretize(A, B, gap.to(self.real_dtype), "zoh")
             powers = A_bar.dense().to(dtype)
             moved = B_bar.to(dtype) @ u[..., k * GAPS : k * GAPS + len(gap), :, None]
             for j in range(len(gap)):
@@ -101,7 +97,13 @@ class StateSpace(LinearSystem):
 
     def impulse_response(self, times: Tensor) -> Tensor:
         """C e^(A t) B at times t [T] >= 0: [...,T,O,I]; without D, which is an impulse at 0."""
-        times = times.to(self.B.real.dtype)
+        fitting = isinstance(times, Tensor) and times.ndim == 1 and not times.is_complex()
+        if not fitting or not bool(((times >= 0) & times.isfinite()).all()):
+            got = (
+                f"shape {tuple(times.shape)}" if isinstance(times, Tensor) else type(times).__name__
+            )
+            raise fail("times", got, "a real tensor [T] of times from 0 on", "torch.linspace(...)")
+        times = times.to(self.device, self.real_dtype)
         A = unsqueeze(self.matrix)
         B, C = self.B[..., None, :, :], self.C[..., None, :, :]
         if isinstance(A, Diagonal):
@@ -144,9 +146,8 @@ class StateSpace(LinearSystem):
         return self.through - self.C @ self.matrix.solve(self.B)
 
     def _check_dt(self, dt: float | Tensor) -> Tensor:
-        real = self.B.real.dtype if self.B.is_complex() else self.B.dtype
         try:
-            step = torch.as_tensor(dt, dtype=real, device=self.device)
+            step = torch.as_tensor(dt, dtype=self.real_dtype, device=self.device)
         except (TypeError, ValueError, RuntimeError):
             raise fail("dt", repr(dt), "a positive number or tensor [...]", "dt=0.01") from None
         if not torch.compiler.is_compiling() and not bool(((step > 0) & step.isfinite()).all()):

@@ -185,8 +185,7 @@ def check_frequencies(w: object, system: LinearSystem) -> Tensor:
         raise fail("w", got, "a real tensor [W]", "torch.linspace(...)")
     if not bool(w.isfinite().all()):
         raise fail("w", "NaN or infinity", "finite frequencies", "leave them out")
-    real = torch.float64 if system.dtype in (torch.float64, torch.complex128) else torch.float32
-    return w.to(system.device, real)
+    return w.to(system.device, system.real_dtype)
 
 
 def finite_response(values: Tensor, w: Tensor) -> Tensor:

@@ -93,8 +93,9 @@ class Diagonal:
 
     lam: Tensor
 
-    def __post_init__(self) -> None:
-        check_parameter("lam", self.lam, 1, "[...,N]")
+    def check(self) -> None:
+        """Raise ValueError for what cannot be a diagonal."""
+        check_parameter("A.lam", self.lam, 1, "[...,N]")
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -151,9 +152,10 @@ class DPLR:
     p: Tensor
     q: Tensor
 
-    def __post_init__(self) -> None:
-        N = check_parameter("lam", self.lam, 1, "[...,N]").shape[-1]
-        for name, x in (("p", self.p), ("q", self.q)):
+    def check(self) -> None:
+        """Raise ValueError for what does not fit together."""
+        N = check_parameter("A.lam", self.lam, 1, "[...,N]").shape[-1]
+        for name, x in (("A.p", self.p), ("A.q", self.q)):
             check_parameter(name, x, 2, "[...,N,r]")
             if x.shape[-2] != N or x.shape[-1] != self.p.shape[-1]:
                 want = f"[...,{N},{self.p.shape[-1]}]"

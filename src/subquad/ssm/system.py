@@ -104,6 +104,12 @@ class LinearSystem:
         return self.B.dtype
 
     @property
+    def real_dtype(self) -> torch.dtype:
+        """Of steps, times and frequencies."""
+        wide = self.dtype in (torch.float64, torch.complex128)
+        return torch.float64 if wide else torch.float32
+
+    @property
     def device(self) -> torch.device:
         return self.B.device
 
@@ -187,6 +193,7 @@ def _parameter(name: str, value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, Diagonal | DPLR):
         if name != "A":
             raise fail(name, type(value).__name__, "a tensor", "only A has other shapes")
+        value.check()
         return cast(value, dtype)
     if not isinstance(value, Tensor):
         try:
