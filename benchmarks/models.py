@@ -209,6 +209,7 @@ def main() -> None:
     for name in args.models:
         if "generate" in args.work:
             report["rows"] += generate(name, args.batches, args.profile)
+            args.out.write_text(json.dumps(report, indent=1))
         torch.cuda.empty_cache()
         if "train" in args.work:
             report["rows"].append(train(name, 8, 4096, peak, args.profile))

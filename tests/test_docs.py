@@ -185,6 +185,50 @@ def scaling() -> str:
     return "\n".join(lines) + "\n"
 
 
+def gpu_layers() -> str:
+    rows = json.loads((DOCS / "results" / "layers-h200.json").read_text("utf-8"))["rows"]
+    lines = ["| work | | floor | ours (of floor) | fla | | PyTorch | |", "|" + "---|" * 8]
+    for row in rows:
+        best = min(row[who]["graph_ms"] for who in ("ours", "ours in place") if who in row)
+        cells = [row["work"], row["kind"], f"{row['floor_ms']:.4f}"]
+        cells.append(f"{best:.4f} ({row['floor_ms'] / best:.0%})")
+        for peers in (("fla",), ("torch", "torch conv1d", "torch shifts")):
+            times = [row[peer]["graph_ms"] for peer in peers if peer in row]
+            found = [f"{min(times):.4f}", f"{min(times) / best:.2f}x"] if times else ["", ""]
+            cells += found
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def gpu_models() -> str:
+    rows = json.loads((DOCS / "results" / "models-h200.json").read_text("utf-8"))["rows"]
+    lines = [
+        "| model | parameters | training, tokens/s | of matmul peak | memory |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row["work"] == "train":
+            lines.append(
+                f"| {row['model']} | {row['parameters'] / 1e6:.0f}M | "
+                f"{row['tokens_per_s'] / 1e3:.1f}k | {row['share_of_matmul_peak']:.1%} | "
+                f"{row['peak_GiB']:.0f} GiB |"
+            )
+    made = [row for row in rows if row["work"] == "generate"]
+    batches = sorted({row["batch"] for row in made})
+    heads = [f"batch {batch}: prefill, ms a token, new tokens/s" for batch in batches]
+    lines += ["", "| model | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    for model, way in dict.fromkeys((row["model"], row["way"]) for row in made):
+        cells = [f"{model}, `{way}`"]
+        for row in made:
+            if (row["model"], row["way"]) == (model, way):
+                cells.append(
+                    f"{row['prefill_ms']:.0f} ms, {row['ms_per_token']:.2f}, "
+                    f"{row['tokens_per_s']:.0f}"
+                )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "rows_that_run": rows_that_run,
     "rows_to_come": rows_to_come,
@@ -193,6 +237,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks": task_rows,
     "evidence": evidence,
     "scaling": scaling,
+    "gpu_layers": gpu_layers,
+    "gpu_models": gpu_models,
 }
 
 

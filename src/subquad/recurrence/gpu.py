@@ -12,7 +12,8 @@ from contextvars import ContextVar
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from subquad.recurrence.eager import can_call_operators
 
 _OVERWRITE = ContextVar("overwrite", default=False)
 
@@ -41,11 +42,7 @@ def may_overwrite(state: Tensor | None) -> bool:
 
 def can_call_kernels(tensors: Iterable[Tensor | None]) -> bool:
     """True for CUDA tensors outside forward differentiation and functorch's transforms."""
-    if not torch.compiler.is_compiling() and (
-        forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-    ):
-        return False
-    return all(t is None or t.is_cuda for t in tensors)
+    return can_call_operators() and all(t is None or t.is_cuda for t in tensors)
 
 
 def records_gradient(tensors: Iterable[Tensor | None]) -> bool:
