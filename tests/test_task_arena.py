@@ -23,6 +23,7 @@ from subquad.arena.scaling import (
     write_scaling,
 )
 from subquad.arena.scaling_report import scaling_table
+from subquad.arena.task_plots import short
 from subquad.arena.task_report import (
     findings,
     render_task_html,
@@ -322,6 +323,12 @@ def test_the_page_stands_alone_and_the_table_fits_a_terminal(finished, tmp_path)
     assert max(map(len, text.splitlines())) <= 80
     assert "softmax_attention" in text and "length" in text
     assert any("Not solved in 12 steps" in sentence for sentence in findings(results))
+
+
+def test_long_labels_are_cut_in_the_middle():
+    assert short("softmax_attention") == "softmax_attention"
+    cut = short("mamba2:head_dim=32:state_size=16")
+    assert cut == "mamba2:he…te_size=16" and len(cut) == 20
 
 
 def test_the_command_line_of_a_report_asks_the_same_again():

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 def learning_curves(results: TaskArenaResults, width: int, height: int) -> str:
     """The metric on test sequences against the training step; "" if nothing was tested."""
     series = [
-        Series(row.label, row.value_steps, row.values, index)
+        Series(short(row.label), row.value_steps, row.values, index)
         for index, row in enumerate(results.rows)
         if row.values
     ]
@@ -37,7 +37,7 @@ def by_length(results: TaskArenaResults, width: int, height: int) -> str:
         lengths |= {positions for positions, _ in found}
         if found:
             x, y = zip(*found)
-            series.append(Series(row.label, x, y, index))
+            series.append(Series(short(row.label), x, y, index))
     if len(lengths) < 2:
         return ""
 
@@ -51,6 +51,14 @@ def by_length(results: TaskArenaResults, width: int, height: int) -> str:
 
     title = f"{results.config.build().metric} against the length of the test"
     return draw(series, width, height, style, "lengths", title)
+
+
+def short(label: str, most: int = 20) -> str:
+    """A label that leaves room for the plot: the middle of a long one is left out."""
+    if len(label) <= most:
+        return label
+    head = (most - 1) // 2
+    return f"{label[:head]}…{label[head + 1 - most :]}"
 
 
 def _metric_axis(axes: "Axes", results: TaskArenaResults) -> None:
