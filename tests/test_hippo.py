@@ -202,6 +202,10 @@ def test_float32_signals_are_remembered_in_float64():
         (lambda: HiPPO("legs", 8).project(torch.ones(5), at=[0]), "at"),
         (lambda: HiPPO("legs", 8).project(torch.ones(5), at=[3, 3]), "at"),
         (lambda: HiPPO("legs", 8).project(torch.ones(5), at=[6]), "at"),
+        (lambda: HiPPO("legt", 8, window=0.5), "window"),
+        (lambda: HiPPO("legt", 8, window="long"), "window"),
+        (lambda: HiPPO("legs", 8).step(torch.ones(7), torch.ones(()), 0), "c"),
+        (lambda: HiPPO("legs", 8).reconstruct([1.0], 5), "c"),
         (lambda: HiPPO("legs", 8).reconstruct(torch.ones(7), 5), "c"),
         (lambda: HiPPO("legs", 8).reconstruct(torch.ones(8), 0), "t"),
         # Unstable: what it returned would be noise.

@@ -354,6 +354,7 @@ MODEL = GaussianStateSpace(ONE, [[1.0]], [[1.0]])
         (lambda: MODEL.filter(torch.ones(5, 1), torch.ones(5, 1) * math.nan), "u"),
         (lambda: MODEL.filter(torch.ones(5, 1), form="chunked"), "form"),
         (lambda: MODEL.sample(0), "T"),
+        (lambda: MODEL.sample(5, torch.ones(4, 1)), "u"),
         (
             lambda: GaussianStateSpace(ONE, [[0.0]], [[0.0]], cov=[[0.0]]).filter(torch.ones(5, 1)),
             "R",

@@ -78,7 +78,7 @@ class StateSpace(LinearSystem):
             y [...,T,O] at the times, and the state at the last of them [...,N].
         """
         u = check_signal("u", u, self, self.inputs, "[...,T,I]")
-        times = _check_times(times, u)
+        times = _check_times(times, u).to(self.device)
         x = u.new_zeros(self.state_size) if x0 is None else x0
         x = check_signal("x0", x, self, self.state_size, "[...,N]")
         dtype = torch.promote_types(u.dtype, x.dtype)

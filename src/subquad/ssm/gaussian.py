@@ -20,7 +20,7 @@ from subquad.ssm.continuous import StateSpace
 from subquad.ssm.discrete import DiscreteStateSpace
 from subquad.ssm.kalman import Filtered, Smoothed
 from subquad.ssm.matrix import check_parameter
-from subquad.ssm.system import check_batch
+from subquad.ssm.system import check_batch, check_signal
 
 FORMS = ("recurrent", "parallel")
 
@@ -144,6 +144,9 @@ class GaussianStateSpace:
 
         assert self.mean is not None and self.cov is not None
         u = self.Q.new_zeros(T, system.inputs) if u is None else u
+        u = check_signal("u", u, system, system.inputs, "[...,T,I]")
+        if u.shape[-2] != T:
+            raise fail("u", f"shape {tuple(u.shape)}", f"[...,{T},{system.inputs}]", "T of them")
         Q, R = self.Q[..., None, :, :], self.R[..., None, :, :]
         process, noise = draw(Q, T), draw(R, T)
         x, states, outputs = self.mean + draw(self.cov), [], []

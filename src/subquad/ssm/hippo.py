@@ -21,13 +21,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from subquad.recurrence.validate import check_shape, choose, fail
+from subquad.recurrence.validate import choose, fail
 from subquad.ssm.discretize import METHODS, discretize
 from subquad.ssm.matrix import Dense
 
@@ -97,10 +98,10 @@ class HiPPO:
         _check_size(self.N)
         if self.measure == "legs" and self.window is not None:
             raise fail("window", self.window, "None for 'legs'", "leave it out, or take 'legt'")
-        if self.measure != "legs" and not (self.window and 0 < self.window < math.inf):
-            raise fail(
-                "window", self.window, f"samples, more than 0, for {self.measure!r}", "window=100"
-            )
+        fits = isinstance(self.window, int | float) and 1 <= self.window < math.inf
+        if self.measure != "legs" and not fits:
+            want = f"a number of samples, at least 1, for {self.measure!r}"
+            raise fail("window", repr(self.window), want, "window=100")
 
     @property
     def matrices(self) -> tuple[Tensor, Tensor]:
@@ -135,6 +136,7 @@ class HiPPO:
 
     def step(self, c: Tensor, f: Tensor, k: int, method: str = "zoh") -> Tensor:
         """Take in one sample: c [...,N] and f [...] -> c [...,N]. k samples came before."""
+        _check_coefficients(c, self.N)
         A_bar, B_bar = self.transitions(torch.tensor(k, device=c.device), method)
         return (c.double() @ A_bar.mT + f.double()[..., None] * B_bar).to(c.dtype)
 
@@ -200,7 +202,7 @@ class HiPPO:
                 the memory covers, `self.samples(t)`. Each is read in the middle of its unit of
                 time.
         """
-        check_shape("c", c, (*c.shape[:-1], self.N), "[...,N]")
+        _check_coefficients(c, self.N)
         if not isinstance(t, int) or t < 1:
             raise fail("t", repr(t), "samples read so far, at least 1", "reconstruct(c, t)")
         samples = self.samples(t) if samples is None else samples
@@ -230,15 +232,20 @@ def _stretch(k: Tensor, N: int) -> tuple[Tensor, Tensor]:
     too, where the exponent is infinite. A constant signal keeps its coefficients, e_0 = A_bar e_0 +
     B_bar, which gives B_bar.
     """
-    nodes, weights = np.polynomial.legendre.leggauss(N)
-    y = torch.as_tensor((nodes + 1) / 2, device=k.device)
-    w = torch.as_tensor(weights / 2, device=k.device)
+    y, w = (torch.from_numpy(x).to(k.device) for x in _gauss(N))
     r = (k / (k + 1))[..., None]
     after = legendre(r * y, N)  # [...,nodes,N]
     A_bar = r[..., None] * (after.mT * w) @ legendre(y, N)
     B_bar = -A_bar[..., 0]
     B_bar[..., 0] += 1
     return A_bar, B_bar
+
+
+@lru_cache
+def _gauss(N: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes and weights of Gauss-Legendre quadrature on [0, 1]."""
+    nodes, weights = np.polynomial.legendre.leggauss(N)
+    return (nodes + 1) / 2, weights / 2
 
 
 def _roots(N: int) -> Tensor:
@@ -272,6 +279,14 @@ def _check_signal(f: Tensor) -> int:
     if not bool(f.isfinite().all()):
         raise fail("f", "NaN or infinity", "finite samples", "fill the gaps first")
     return f.shape[-1]
+
+
+def _check_coefficients(c: object, N: int) -> None:
+    if not isinstance(c, Tensor) or c.ndim < 1 or c.shape[-1] != N:
+        got = f"shape {tuple(c.shape)}" if isinstance(c, Tensor) else type(c).__name__
+        raise fail(
+            "c", got, f"a torch tensor [...,{N}]", "one time's coefficients, as from project"
+        )
 
 
 def _check_times(at: Sequence[int], T: int) -> list[int]:
