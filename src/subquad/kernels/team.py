@@ -2,7 +2,7 @@
 
 Around a decoded token a parallel region lasts 20 to 200 microseconds, and waking a sleeping thread
 takes as long. So helpers that have just worked look for more without sleeping, for `PATIENCE`
-looks (about a millisecond: what lies between two tokens), and then sleep until a caller wakes them.
+looks (milliseconds: more than lies between two tokens), and then sleep until a caller wakes them.
 
 Nothing waits for a helper that has not begun: work is cut in units that whoever is free claims, the
 caller too, so that on a loaded machine, where a helper may not run for milliseconds, the caller
@@ -17,6 +17,7 @@ is claimed belongs to a job that is not done, so its description stays until the
 # mypy: ignore-errors
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import threading
@@ -32,11 +33,12 @@ from subquad.kernels.cpu import jit
 LINE = 8  # numbers of a cache line: what different threads write lies in different lines
 LEFT, DONE, OWNER = 0, LINE, 2 * LINE  # units left, with HELPERS above them; units done; in use
 KERNEL, ARGUMENTS, UNITS = 3 * LINE, 3 * LINE + 1, 3 * LINE + 2  # the job
-ASLEEP = 4 * LINE  # one line for each helper
+CLOSED = 4 * LINE  # 1 tells the helpers to stop
+ASLEEP = 5 * LINE  # one line for each helper
 HELPERS = 32  # bits: how many helpers may take part stands above the number of units left
 COUNT = (1 << HELPERS) - 1
-MOST = 63  # helpers
-PATIENCE = 500_000  # looks before a helper sleeps
+MOST = 15  # helpers: a few cores saturate the memory, and every look of another one disturbs
+PATIENCE = 500_000  # looks before a helper sleeps, with the yields about three milliseconds
 YIELD = 64  # looks between two that offer the core to other threads
 
 _sched_yield = types.ExternalFunction("sched_yield", types.int32())
@@ -159,7 +161,7 @@ def share(board, helpers, kernel, arguments, units):
 def _serve(board, helper):
     """What a helper does while it is awake: look for work, until there was none for long."""
     looks = 0
-    while looks < PATIENCE:
+    while looks < PATIENCE and load(board, CLOSED) == 0:
         left = load(board, LEFT)
         unit = _claim(board) if left & COUNT and left >> HELPERS > helper else -1
         if unit >= 0:
@@ -178,9 +180,13 @@ class Team:
         self._numbers = np.zeros(ASLEEP + LINE * (MOST + 1), np.int64)
         skipped = -self._numbers.ctypes.data // 8 % LINE  # to the start of a cache line
         self._asleep = memoryview(self._numbers)[skipped + ASLEEP :: LINE]
+        self._closed = skipped + CLOSED
         self.board = self._numbers.ctypes.data + 8 * skipped
         self._doors: list[threading.Lock] = []  # each locked while its helper is to sleep
+        self._threads: list[threading.Thread] = []
         self._growing = threading.Lock()
+        self._process = os.getpid()
+        atexit.register(self.close)  # or helpers would run compiled code that is being freed
 
     def ready(self) -> tuple[int, int]:
         """The board and how many helpers may take part, by torch's count; wakes the sleeping."""
@@ -198,14 +204,26 @@ class Team:
                 door = threading.Lock()
                 door.acquire()
                 arguments = (helper, door)
-                threading.Thread(target=self._help, args=arguments, daemon=True).start()
+                thread = threading.Thread(target=self._help, args=arguments, daemon=True)
+                thread.start()
+                self._threads.append(thread)
                 self._doors.append(door)
 
     def _help(self, helper: int, door: threading.Lock) -> None:
         torch.set_flush_denormal(True)  # as the threads of `over_channels`
-        while True:
+        while not self._numbers[self._closed]:
             _serve(self.board, helper)
             door.acquire()
+
+    def close(self) -> None:
+        """Stop the helpers; a fork's child has none."""
+        if os.getpid() != self._process:
+            return
+        self._numbers[self._closed] = 1
+        for door, thread in zip(self._doors, self._threads):
+            if door.locked():
+                door.release()
+            thread.join(timeout=1)
 
 
 @jit

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from subquad.mixers.base import Mixer, State, check_positive_integers, divide
 from subquad.mixers.growing import append
+from subquad.mixers.projection import project
 from subquad.mixers.rotary import angles, positions, rotate_halves
 from subquad.recurrence.validate import check_shape, fail
 
@@ -81,7 +82,7 @@ class SoftmaxAttention(Mixer):
 
         position, length = positions(past.get("length"), x, cu_seqlens)
         inverse = self.rope_theta ** -(torch.arange(0, D, 2, device=x.device) / D)
-        qkv = self.qkv_proj(x).unflatten(-1, (H + 2 * Hk, D))  # [B,T,H+2Hk,D]
+        qkv = project(self.qkv_proj, x).unflatten(-1, (H + 2 * Hk, D))  # [B,T,H+2Hk,D]
         qk, v = qkv.split((H + Hk, Hk), dim=2)
         q, k = rotate_halves(qk, *angles(position, inverse)).split((H, Hk), dim=2)
 
@@ -89,7 +90,11 @@ class SoftmaxAttention(Mixer):
             o, keys, values = self._attend(q, k, v, past)
         else:
             o, keys, values = self._attend_packed(q, k, v, past, cu_seqlens)
-        return self.o_proj(o.flatten(-2)), {"keys": keys, "values": values, "length": length}
+        return project(self.o_proj, o.flatten(-2)), {
+            "keys": keys,
+            "values": values,
+            "length": length,
+        }
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, past: State

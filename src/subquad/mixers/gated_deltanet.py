@@ -10,6 +10,7 @@ from subquad.mixers.base import Mixer, State, divide
 from subquad.mixers.convolution import ShortConvolution
 from subquad.mixers.init import no_weight_decay, set_log_uniform_, set_step_size_
 from subquad.mixers.norms import NormThenGate, at_least_float32
+from subquad.mixers.projection import project
 from subquad.recurrence import Delta, linear_recurrence
 from subquad.recurrence.norm import l2_norm
 from subquad.recurrence.timestep import step_decay
@@ -98,7 +99,7 @@ class GatedDeltaNet(Mixer):
     ) -> tuple[Tensor, State]:
         past = self.check_inputs(x, state, cu_seqlens)
         B, T, _ = x.shape
-        qkv, gate, b, a = self.in_proj(x).split_with_sizes(self.sizes, -1)
+        qkv, gate, b, a = project(self.in_proj, x).split_with_sizes(self.sizes, -1)
         qkv, conv = self.conv(qkv, past.get("conv"), cu_seqlens)
         qk, v = qkv.split_with_sizes(self.conv_sizes, -1)
         qk = l2_norm(qk, self.head_dim).view(B, T, -1, self.head_dim)
@@ -113,7 +114,10 @@ class GatedDeltaNet(Mixer):
             state=past.get("recurrent"),
             cu_seqlens=cu_seqlens,
         )
-        return self.o_proj(self.norm(o.flatten(-2), gate)), {"conv": conv, "recurrent": recurrent}
+        return project(self.o_proj, self.norm(o.flatten(-2), gate)), {
+            "conv": conv,
+            "recurrent": recurrent,
+        }
 
     def record(self, token: Token, x: Tensor, past: State) -> tuple[Tensor, State]:
         B, T, _ = x.shape

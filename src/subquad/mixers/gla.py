@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from subquad.mixers.base import Mixer, State, divide
 from subquad.mixers.init import no_weight_decay
 from subquad.mixers.norms import NormThenGate, at_least_float32
+from subquad.mixers.projection import project
 from subquad.recurrence import linear_recurrence
+from subquad.recurrence.token import Token
 from subquad.recurrence.validate import fail
 
 
@@ -62,8 +64,10 @@ class GLA(Mixer):
     ) -> tuple[Tensor, State]:
         past = self.check_inputs(x, state, cu_seqlens)
         heads = (self.num_heads, -1)
-        q, k, v, gate, low = self.in_proj(x).split(self.sizes, dim=-1)
-        log_decay = F.logsigmoid(at_least_float32(self.decay_proj(low))) / self.gate_temperature
+        q, k, v, gate, low = project(self.in_proj, x).split(self.sizes, dim=-1)
+        log_decay = (
+            F.logsigmoid(at_least_float32(project(self.decay_proj, low))) / self.gate_temperature
+        )
         o, recurrent = linear_recurrence(
             q.unflatten(-1, heads),  # [B,T,H,K]
             k.unflatten(-1, heads),  # [B,T,H,K]
@@ -72,4 +76,19 @@ class GLA(Mixer):
             state=past.get("recurrent"),
             cu_seqlens=cu_seqlens,
         )
-        return self.o_proj(self.norm(o.flatten(-2), gate)), {"recurrent": recurrent}
+        return project(self.o_proj, self.norm(o.flatten(-2), gate)), {"recurrent": recurrent}
+
+    def record(self, token: Token, x: Tensor, past: State) -> tuple[Tensor, State]:
+        B, T, _ = x.shape
+        heads = (B, T, self.num_heads, -1)
+        q, k, v, gate, low = token.linear(x, self.in_proj.weight).split(self.sizes, dim=-1)
+        low = token.linear(low, self.decay_proj.weight, self.decay_proj.bias)
+        o, recurrent = token.linear_recurrence(
+            q.view(heads),
+            k.view(heads),
+            v.view(heads),
+            log_decay=token.logsigmoid(low, 1 / self.gate_temperature).view(heads),
+            state=past["recurrent"],
+        )
+        y = self.norm.record(token, o.flatten(-2), gate)
+        return token.linear(y, self.o_proj.weight), {"recurrent": recurrent}

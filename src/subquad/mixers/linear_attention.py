@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from subquad.mixers.base import Mixer, State, divide
 from subquad.mixers.norms import RMSNorm
+from subquad.mixers.projection import project
 from subquad.recurrence import linear_recurrence
 from subquad.recurrence.validate import choose, fail
 
@@ -68,7 +69,7 @@ class LinearAttention(Mixer):
         self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
         past = self.check_inputs(x, state, cu_seqlens)
-        qkv = self.qkv_proj(x).unflatten(-1, (3 * self.num_heads, self.head_dim))
+        qkv = project(self.qkv_proj, x).unflatten(-1, (3 * self.num_heads, self.head_dim))
         qk, v = qkv.split((2 * self.num_heads, self.num_heads), dim=2)
         q, k = _FEATURE_MAPS[self.feature_map](qk).chunk(2, dim=2)  # [B,T,H,K]
         if self.norm is None:
@@ -80,4 +81,4 @@ class LinearAttention(Mixer):
             o = o[..., :-1] / (o[..., -1:] + _EPS)
         else:
             o = self.norm(o)
-        return self.o_proj(o.flatten(-2)), {"recurrent": recurrent}
+        return project(self.o_proj, o.flatten(-2)), {"recurrent": recurrent}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from subquad.mixers.base import Mixer, State
 from subquad.mixers.convolution import ShortConvolution
 from subquad.mixers.init import no_weight_decay, set_, set_step_size_
+from subquad.mixers.projection import project
 from subquad.recurrence.diagonal import selective_scan
 from subquad.recurrence.token import Token
 from subquad.recurrence.validate import fail
@@ -91,16 +92,16 @@ class Mamba(Mixer):
         self, x: Tensor, state: State | None = None, *, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
         past = self.check_inputs(x, state, cu_seqlens)
-        x, z = self.in_proj(x).chunk(2, dim=-1)  # [B,T,D]
+        x, z = project(self.in_proj, x).chunk(2, dim=-1)  # [B,T,D]
         x, conv = self.conv(x, past.get("conv"), cu_seqlens)
-        r, B, C = self.x_proj(x).split_with_sizes(self.sizes, -1)
+        r, B, C = project(self.x_proj, x).split_with_sizes(self.sizes, -1)
         # In float32 also under autocast: small steps are what a long memory is made of.
-        dt = self.dt_proj(r).float() + self.dt_bias  # [B,T,D]
+        dt = project(self.dt_proj, r).float() + self.dt_bias  # [B,T,D]
         A = -self.A_log.float().exp()
         y, recurrent = selective_scan(
             x, F.softplus(dt), A, B, C, self.D, state=past.get("recurrent"), cu_seqlens=cu_seqlens
         )
-        return self.out_proj(y * F.silu(z)), {"conv": conv, "recurrent": recurrent}
+        return project(self.out_proj, y * F.silu(z)), {"conv": conv, "recurrent": recurrent}
 
     def record(self, token: Token, x: Tensor, past: State) -> tuple[Tensor, State]:
         x, z = token.linear(x, self.in_proj.weight, self.in_proj.bias).chunk(2, dim=-1)

@@ -10,6 +10,7 @@ from subquad.mixers.base import Mixer, State, divide
 from subquad.mixers.convolution import ShortConvolution
 from subquad.mixers.init import no_weight_decay, set_log_uniform_, set_step_size_
 from subquad.mixers.norms import GateThenNorm
+from subquad.mixers.projection import project
 from subquad.recurrence import linear_recurrence
 from subquad.recurrence.skip import add_skip
 from subquad.recurrence.timestep import discretize
@@ -95,7 +96,7 @@ class Mamba2(Mixer):
     ) -> tuple[Tensor, State]:
         past = self.check_inputs(x, state, cu_seqlens)
         B, T, _ = x.shape
-        z, xBC, dt = self.in_proj(x).split_with_sizes(self.sizes, -1)
+        z, xBC, dt = project(self.in_proj, x).split_with_sizes(self.sizes, -1)
         xBC, conv = self.conv(xBC, past.get("conv"), cu_seqlens)
         x, k, q = xBC.split_with_sizes(self.conv_sizes, -1)
         x = x.view(B, T, self.num_heads, self.head_dim)
@@ -110,7 +111,7 @@ class Mamba2(Mixer):
             cu_seqlens=cu_seqlens,
         )
         y = self.norm(add_skip(y, x, self.D).flatten(-2), z)
-        return self.out_proj(y), {"conv": conv, "recurrent": recurrent}
+        return project(self.out_proj, y), {"conv": conv, "recurrent": recurrent}
 
     def record(self, token: Token, x: Tensor, past: State) -> tuple[Tensor, State]:
         B, T, _ = x.shape

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from subquad.mixers.base import Mixer, State, divide
 from subquad.mixers.norms import NormThenGate
+from subquad.mixers.projection import project
 from subquad.mixers.rotary import angles, positions, rotate_pairs
 from subquad.recurrence import linear_recurrence
 from subquad.recurrence.validate import fail
@@ -72,7 +73,7 @@ class RetNet(Mixer):
         past = self.check_inputs(x, state, cu_seqlens)
         H, K = self.num_heads, self.head_dim
         sizes = (2 * self.hidden_size, self.value_dim, self.value_dim)
-        qk, v, gate = self.in_proj(x).split(sizes, dim=-1)
+        qk, v, gate = project(self.in_proj, x).split(sizes, dim=-1)
 
         position, length = positions(past.get("length"), x, cu_seqlens)
         inverse = 10_000.0 ** -torch.linspace(0, 1, K // 2, device=x.device)
@@ -88,4 +89,4 @@ class RetNet(Mixer):
             cu_seqlens=cu_seqlens,
         )
         y = self.norm(o.flatten(-2), gate)
-        return self.out_proj(y), {"recurrent": recurrent, "length": length}
+        return project(self.out_proj, y), {"recurrent": recurrent, "length": length}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from subquad.mixers.base import Mixer, State
 from subquad.mixers.init import no_weight_decay, set_
+from subquad.mixers.projection import project
 from subquad.recurrence.lti import diagonal_ssm
 from subquad.recurrence.validate import check_shape, fail
 from subquad.ssm.discretize import zero_order_hold
@@ -93,5 +94,5 @@ class S4D(Mixer):
             state=None if past is None else torch.view_as_complex(past),
             cu_seqlens=cu_seqlens,
         )
-        y = F.glu(self.out_proj(F.gelu(y)), dim=-1)
+        y = F.glu(project(self.out_proj, F.gelu(y)), dim=-1)
         return y, {"recurrent": torch.view_as_real(recurrent)}

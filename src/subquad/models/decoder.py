@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
-from operator import attrgetter
+from operator import attrgetter, is_not
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,8 @@ class Decoder:
         if len(known) < len(blocks) or not x.is_cpu or not self._lock.acquire(blocking=False):
             return None
         try:
-            if self._look is None or self._look.changed():
-                self._look = _Look([*blocks, norm])
+            if self._look is None or self._look.changed(blocks, norm):
+                self._look = _Look(blocks, norm)
                 self._pieces = list(_pieces(blocks, norm, known))
             states: list[State] = []
             for piece in self._pieces:
@@ -93,15 +93,14 @@ def _pieces(blocks: nn.ModuleList, norm: RMSNorm, past: list[State]) -> Iterator
         modules, states = map(list, zip(*group))
         ending = modules.pop() if modules[-1] is norm else None
         names = [tuple(state) for state in states[: len(modules)]]
-        token = _record(modules, ending, states) if can else None
+        token = _record(modules, ending, states) if can and modules else None
         yield _Piece(modules, ending, token, names)
 
 
 def _record(blocks: list[Block], norm: RMSNorm | None, past: list[State]) -> Token:
     """One token through the blocks, from states like these, and through the norm."""
     token = Token()
-    width = norm.size if norm is not None else blocks[0].mixer_norm.size
-    x = y = torch.empty(1, 1, width)
+    x = y = torch.empty(1, 1, blocks[0].mixer_norm.size)
     before: list[Tensor] = []
     after: list[Tensor] = []
     for block, state in zip(blocks, past):
@@ -144,7 +143,8 @@ class _Look:
     Everything is looked at with every token, so it is laid out flat once, for quick passes.
     """
 
-    def __init__(self, roots: Sequence[nn.Module]) -> None:
+    def __init__(self, *roots: nn.Module) -> None:
+        self._roots = roots
         self._modules = [m for root in roots for m in root.modules()]
         self._parameters = [p for root in roots for p in root.parameters()]
         owns = [vars(m) for m in self._modules]
@@ -155,8 +155,8 @@ class _Look:
         self._sizes = [*owns, *(own[name] for own in owns for name in hooks)]
         self._seen = self._see()
 
-    def changed(self) -> bool:
-        return self._see() != self._seen
+    def changed(self, *roots: nn.Module) -> bool:
+        return any(map(is_not, roots, self._roots)) or self._see() != self._seen
 
     def _see(self) -> tuple[list[object], ...]:
         """Equal at two times if nothing that matters has changed between.
