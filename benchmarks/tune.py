@@ -15,6 +15,7 @@ import os
 import torch
 
 from subquad.kernels import layout, matrix
+from subquad.kernels.launch import launch
 
 PARTS = {"o": (False, False), "dv": (False, True), "dq": (True, False), "dk": (True, True)}
 
@@ -54,9 +55,10 @@ def launcher(gate: str, part: str, shape: tuple[int, ...], tiles: layout.Tiles):
             extra["dgate"] = torch.zeros(B, T, H, K, device="cuda", dtype=torch.bfloat16)
         elif reverse:
             extra["totals"] = torch.zeros(cut.segments, H, channels, device="cuda")
-    return lambda: matrix._scan(
+    launches = matrix._scan(
         r, w, x, y, prepared, cut, tiles, H, out=out, reverse=reverse, scale=0.1, **extra
     )
+    return lambda: launch(launches)
 
 
 def compile_all(jobs: list, shape: tuple[int, ...], worker: int, workers: int) -> None:

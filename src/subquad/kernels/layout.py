@@ -40,7 +40,7 @@ def choose_tiles(contracted: int, width: int, dtype: torch.dtype, gate: int, slo
     if gate == KEY:
         return Tiles(32, 64, 8, 2) if wide else Tiles(32, 64, 4, 3)
     if slopes and wide:
-        return Tiles(32, 128, 8, 2)
+        return Tiles(32, 128 if width > 64 else 64, 8, 2)
     if slopes:
         return Tiles(32, 128 if padded(contracted) <= 64 < width else 64, 4, 3)
     if wide:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .launch import Launch, launch
 from .layout import (
     HEAD,
     KEY,
@@ -150,7 +151,7 @@ def _sum_gate(gate: _Gate, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chun
     pieces = lay_out(batch, tokens, PIECE, cu_seqlens, chunk)
     grid, packed = (pieces.segments * heads,), cu_seqlens is not None
     chunks = -(-tokens // chunk)
-    chunks = chunks + len(cu_seqlens) - 1 if packed else batch * chunks
+    chunks = batch * chunks if cu_seqlens is None else chunks + cu_seqlens.numel() - 1
     if gate.kind == HEAD:
         precise = v.dtype != torch.bfloat16
         wholes = torch.empty(heads, chunks, chunk, device=v.device, dtype=torch.float32)
@@ -176,8 +177,8 @@ def _scan(
     bonus: Tensor | None = None, start: Tensor | None = None, finish: Tensor | None = None,
     totals: Tensor | None = None, partner: Tensor | None = None, ends: Tensor | None = None,
     reads: Tensor | None = None, dgate: Tensor | None = None, dbonus: Tensor | None = None,
-) -> None:  # fmt: skip
-    """Launch the scan; r=None carries the state only. scan.py names the parts."""
+) -> list[Launch]:  # fmt: skip
+    """The launches of one scan; r=None carries the state only. scan.py names the parts."""
     read = r is not None
     r = w if r is None else r
     partner = x if partner is None else partner
@@ -203,22 +204,26 @@ def _scan(
     if gate.kind != KEY:
         from .scan import scan
 
-        scan[grid](
+        arguments = (
             r, w, x, y, partner, gate.values, *sums[:2], *tensors, dbonus, *layout.walk(x),
-            sums[0].shape[1], *scales, 1.0, *heads_apart, GATE=gate.kind, SLOPES=slopes,
-            STAGES=tiles.stages, **common,
+            sums[0].shape[1], *scales, 1.0, *heads_apart,
         )  # fmt: skip
-        return
+        options = common | {"GATE": gate.kind, "SLOPES": slopes, "STAGES": tiles.stages}
+        return [Launch(scan, grid, arguments, options)]
     from .scan_key import scan_key
 
-    for far in (False, True):
-        scan_key[grid](
-            r, w, x, y, partner, gate.values, *sums, *tensors, absent if dgate is None else dgate,
-            dbonus, *layout.walk(x), sums[2].shape[-1], *scales, *heads_apart,
-            gate_token=gate.token, FIXED=gate.fixed, KEEP_READS=slopes and not reverse,
-            GATE_GRAD=slopes and reverse, FAR=far, STAGES=1 if far else tiles.stages,
-            PARTS=1 if gate.values.dtype == torch.bfloat16 else 3, **common,
-        )  # fmt: skip
+    arguments = (
+        r, w, x, y, partner, gate.values, *sums, *tensors, absent if dgate is None else dgate,
+        dbonus, *layout.walk(x), sums[2].shape[-1], *scales, *heads_apart,
+    )  # fmt: skip
+    common |= {
+        "gate_token": gate.token, "FIXED": gate.fixed, "KEEP_READS": slopes and not reverse,
+        "GATE_GRAD": slopes and reverse,
+        "PARTS": 1 if gate.values.dtype == torch.bfloat16 else 3,
+    }  # fmt: skip
+    near = common | {"FAR": False, "STAGES": tiles.stages}
+    far = common | {"FAR": True, "STAGES": 1}
+    return [Launch(scan_key, grid, arguments, options) for options in (near, far)]
 
 
 def _dot_type(dtype: torch.dtype) -> tuple[object, str]:
@@ -239,8 +244,8 @@ def _enter_segments(
     states = x.new_empty(layout.segments, heads, width, columns, dtype=torch.float32)
     totals = x.new_empty(layout.segments, heads, width, dtype=torch.float32)
     final = x.new_empty(layout.sequences, heads, width, columns, dtype=torch.float32)
-    _scan(None, w, x, None, gate, layout, tiles, heads, reverse=reverse, scale=scale,
-          finish=states, totals=totals, bonus=bonus)  # fmt: skip
+    launch(_scan(None, w, x, None, gate, layout, tiles, heads, reverse=reverse, scale=scale,
+                 finish=states, totals=totals, bonus=bonus))  # fmt: skip
     block = min(1024, padded(width * columns))
     join[(layout.sequences * heads * -(-width * columns // block),)](
         states, final if start is None else start, final, totals,
@@ -290,11 +295,11 @@ def scan_forward(
     o = torch.empty(v.shape, device=v.device, dtype=v.dtype)
     if layout.split:
         state, final = _enter_segments(k, v, gate, layout, tiles, heads, state, False, 1.0, bonus)
-        _scan(q, k, v, o, gate, layout, tiles, heads, scale=scale, bonus=bonus, start=state)
+        finish = None
     else:
-        final = _empty_states(k, v, layout.sequences)
-        _scan(q, k, v, o, gate, layout, tiles, heads, scale=scale, bonus=bonus, start=state,
-              finish=final)  # fmt: skip
+        finish = final = _empty_states(k, v, layout.sequences)
+    launch(_scan(q, k, v, o, gate, layout, tiles, heads, scale=scale, bonus=bonus, start=state,
+                 finish=finish))  # fmt: skip
     return o, final
 
 
@@ -322,17 +327,15 @@ def scan_backward(
     dfinal = None if dfinal is None else dfinal.contiguous()
     bonus = None if bonus is None else bonus.contiguous()
 
-    dv = torch.empty(v.shape, device=v.device, dtype=v.dtype)
-    run = partial(_scan, gate=gate, layout=layout, heads=heads, scale=scale, bonus=bonus)
     if layout.split:
         walk = (gate, layout, value_tiles, heads)
         state, _ = _enter_segments(k, v, *walk, state, False, 1.0, bonus)
         dfinal, dstate = _enter_segments(q, do, *walk, dfinal, True, scale, bonus)
-        run(k, q, do, dv, tiles=value_tiles, reverse=True, start=dfinal)
+        finish = None
     else:
-        dstate = _empty_states(k, v, layout.sequences)
-        run(k, q, do, dv, tiles=value_tiles, reverse=True, start=dfinal, finish=dstate)
+        finish = dstate = _empty_states(k, v, layout.sequences)
 
+    dv = torch.empty(v.shape, device=v.device, dtype=v.dtype)
     dq = v.new_empty(*v.shape[:3], width)
     dk = torch.empty_like(dq)
     reads = writes = ends = tails = dgate = dbonus = None
@@ -351,9 +354,14 @@ def scan_backward(
             tails = v.new_empty(layout.segments, heads, parts, dtype=torch.float32)
     if bonus is not None:
         dbonus = v.new_empty(layout.segments, heads, width, dtype=torch.float32)
-    run(do, v, k, dq, tiles=key_tiles, out=True, start=state, finish=ends, partner=q, reads=reads)
-    run(v, do, q, dk, tiles=key_tiles, out=True, reverse=True, start=dfinal, ends=ends, partner=k,
-        reads=writes, totals=tails, dgate=dgate, dbonus=dbonus)  # fmt: skip
+    run = partial(_scan, gate=gate, layout=layout, heads=heads, scale=scale, bonus=bonus)
+    launch([
+        *run(k, q, do, dv, tiles=value_tiles, reverse=True, start=dfinal, finish=finish),
+        *run(do, v, k, dq, tiles=key_tiles, out=True, start=state, finish=ends, partner=q,
+             reads=reads),
+        *run(v, do, q, dk, tiles=key_tiles, out=True, reverse=True, start=dfinal, ends=ends,
+             partner=k, reads=writes, totals=tails, dgate=dgate, dbonus=dbonus),
+    ])  # fmt: skip
     if tails is not None:
         from .gates import sum_slopes
 

@@ -1,0 +1,48 @@
+"""Launches of Triton kernels: those that are new are compiled side by side.
+
+A first backward pass with gates per key channel compiles six kernels, each of them for a second
+and more; one after another they are most of the first call's time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+_met: set[tuple] = set()
+
+
+class Launch(NamedTuple):
+    kernel: Any  # a function under triton.jit
+    grid: tuple[int, ...]
+    arguments: tuple
+    options: dict[str, Any]  # what the kernel is compiled for
+
+    @property
+    def key(self) -> tuple:
+        """What tells most kernels apart; Triton itself looks at more, as at types and alignment."""
+        return (self.kernel, *self.options.items())
+
+
+def launch(launches: Sequence[Launch]) -> None:
+    """Run the launches in order."""
+    new = [one for one in launches if one.key not in _met]
+    if new:
+        _compile(new)
+        _met.update(one.key for one in new)
+    for one in launches:
+        one.kernel[one.grid](*one.arguments, **one.options)
+
+
+def _compile(launches: Sequence[Launch]) -> None:
+    import triton
+
+    # Not in Triton's interpreter, nor before Triton 3.5: there a launch compiles by itself.
+    if not isinstance(launches[0].kernel, triton.JITFunction):
+        return
+    if len(launches) == 1 or not hasattr(triton, "AsyncCompileMode"):
+        return
+    with ThreadPoolExecutor(len(launches)) as threads, triton.AsyncCompileMode(threads):
+        for one in launches:
+            one.kernel.warmup(*one.arguments, grid=one.grid, **one.options)
