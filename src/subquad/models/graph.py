@@ -9,6 +9,7 @@ copies. Where states grow (softmax attention) there is nothing to capture, and `
 
 from __future__ import annotations
 
+import threading
 import warnings
 import weakref
 from functools import lru_cache
@@ -138,6 +139,10 @@ class _Shelf:
 
     def lend(self, model: Any, tokens: Tensor, states: list[State]) -> Lease | None:
         """A graph that serves, an idle one or a new one; None if the model's step has none."""
+        with _LOCK:
+            return self._lend(model, tokens, states)
+
+    def _lend(self, model: Any, tokens: Tensor, states: list[State]) -> Lease | None:
         parameters = {id(p) for p in model.parameters()}
         self.idle = [g for g in self.idle if {id(w()) for w, _ in g.weights} == parameters]
         for graph in self.idle:
@@ -160,6 +165,9 @@ class _Grows(Exception):
     """A state changes its shape with the token."""
 
 
+# One capture at a time, for all share a stream; and no graph for two caches. Threads may replay
+# theirs meanwhile. Reentrant, as a capture collects garbage and so may end leases.
+_LOCK = threading.RLock()
 _SHELVES: weakref.WeakKeyDictionary[Any, _Shelf] = weakref.WeakKeyDictionary()
 
 
