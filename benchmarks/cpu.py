@@ -1,6 +1,6 @@
 """subquad against transformers' own classes on the CPU: whole models of about 50M parameters.
 
-    python benchmarks/cpu.py [--out docs/results/cpu.json] [--only mamba2]
+    python benchmarks/cpu.py [--out docs/results/cpu.json] [--only mamba2] [--work prefill train]
 
 Each pair has the same weights, and its logits must agree to 1e-3 of their size before anything is
 timed. Ours and theirs are timed in turn, A B A B, and the ratio is the median of the pairs' ratios,
@@ -236,7 +236,9 @@ def seconds(call: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def compare(name: str, build: Callable[[], tuple[nn.Module, SubquadForCausalLM]]) -> list[dict]:
+def compare(
+    name: str, build: Callable[[], tuple[nn.Module, SubquadForCausalLM]], works: list[str] | None
+) -> list[dict]:
     torch.manual_seed(0)
     theirs, ours = build()
     theirs.eval(), ours.eval()
@@ -253,6 +255,8 @@ def compare(name: str, build: Callable[[], tuple[nn.Module, SubquadForCausalLM]]
 
     rows = []
     for work in WORKS[name]:
+        if works is not None and work.name not in works:
+            continue
         window = ids[:, : work.tokens]
         if work.name == "decode":
             call_ours, call_theirs = make_decode(ours, ids), make_decode(theirs, ids)
@@ -303,13 +307,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", choices=list(WORKS))
+    parser.add_argument("--work", nargs="+", choices=["prefill", "train", "decode"])
     arguments = parser.parse_args()
     builders = {"mamba2": mamba2, "gated_deltanet": gated_deltanet, "mamba": mamba}
     print(HEADER, flush=True)
     rows = []
     for name, build in builders.items():
         if arguments.only in (None, name):
-            rows += compare(name, build)
+            rows += compare(name, build, arguments.work)
     result = {
         "what": "whole models, float32, the same weights; ratio = their time / our time",
         "date": datetime.date.today().isoformat(),
