@@ -28,7 +28,9 @@ CHUNK = 4096  # roots at a time: [CHUNK,N] numbers
 def s4_kernel(system: StateSpace, dt: float, L: int) -> Tensor:
     """K_l = C A_bar^l B_bar for l < L, bilinear: `discretize(dt, "bilinear", "after")`, without D.
 
-    O(N L) for the sums, O(N^3 log L) for A_bar^L; in float64, in memory for a chunk of roots.
+    O(N L) for the sums, O(N^3 log L) for A_bar^L; in float64, in memory for a chunk of roots. This
+    is S4 as published; on a CPU `discretize(...).kernel(L)` is faster for states of this size, for
+    it is a few matrix products.
 
     Args:
         system: of A = DPLR(lam, p, q), one system or a batch [...].
