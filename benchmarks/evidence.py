@@ -10,16 +10,15 @@ value), .svg and .md: the paper's figure beside ours, and a verdict that follows
 """
 
 import argparse
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from subquad.arena.entrants import Entrant
 from subquad.arena.results import write_atomically, write_json
-from subquad.arena.task_results import TaskArenaConfig, TaskRowResult
+from subquad.arena.task_results import TaskArenaConfig, TaskPlan, TaskRowResult
 from subquad.arena.task_run import run_task_arena
 
 NEGATIVE = "allow_negative_eigenvalues"
@@ -51,7 +50,7 @@ class Experiment:
     sizes: dict[str, Size]
     claims: tuple[tuple[str, Callable[[Values], bool]], ...]
     against: str = "positions"  # what the plot has on its x axis
-    quantity: str = field(default="accuracy")
+    quantity: str = "accuracy"
 
 
 def at(values: Values, label: str, place: int) -> float:
@@ -192,10 +191,11 @@ EXPERIMENTS = {
 }
 
 
-def run_experiment(name: str, size: str, only: list[str], device: str, work: Path) -> list[Any]:
-    """Run what is not yet there; returns (label, lr, seed, result, config) of all that is."""
+def run_experiment(
+    name: str, plan: Size, only: list[str], device: str, work: Path
+) -> list[tuple[str, float | None, int, TaskRowResult, TaskPlan]]:
+    """Run what is not yet there; returns label, rate, seed, result and plan of all that is."""
     experiment, found = EXPERIMENTS[name], []
-    plan = experiment.sizes[size]
     for settings in plan.settings:
         width = f" d={settings['hidden_size']}" if len(plan.settings) > 1 else ""
         for row in experiment.rows:
@@ -205,10 +205,10 @@ def run_experiment(name: str, size: str, only: list[str], device: str, work: Pat
                         task=name, rows=(row,), lr=lr, seed=seed, device=device, **settings
                     )
                     place = f"{Entrant.parse(row).folder}{width} lr={lr} seed={seed}"
-                    folder = work / f"{name}-{size}" / place.replace(" ", "_")
+                    folder = work / place.replace(" ", "_")
                     if only and row not in only and not any(folder.glob("*/result.json")):
                         continue
-                    print(f"{name} {size}: {row}{width}, lr {lr or 'default'}, seed {seed}")
+                    print(f"{name}: {row}{width}, lr {lr or 'default'}, seed {seed}", flush=True)
                     results = run_task_arena(config, folder)
                     if not results.rows:
                         raise KeyboardInterrupt
@@ -244,7 +244,8 @@ def verdicts(experiment: Experiment, values: Values) -> list[dict[str, Any]]:
     return answers
 
 
-def write(name: str, size: str, found: list[Any], out: Path) -> None:
+def write(name: str, size: str, note: str, found: list[Any], out: Path) -> None:
+    """NAME-SIZE.json, .md and .svg."""
     experiment = EXPERIMENTS[name]
     values, chosen = best_of(found)
     answers = verdicts(experiment, values)
@@ -256,7 +257,7 @@ def write(name: str, size: str, found: list[Any], out: Path) -> None:
         "paper": {"source": experiment.paper, "reported": experiment.reported},
         "environment": found[0][4].environment,
         "recipe": asdict(found[0][4].recipe),
-        "note": experiment.sizes[size].note,
+        "note": note,
         "values": values,
         "state_bytes": {label: result.state_bytes for label, result in chosen.items()},
         "verdict": answers,
@@ -343,6 +344,8 @@ def main() -> None:
     parser.add_argument("--size", default="small", choices=["small", "medium", "published"])
     parser.add_argument("--only", default="", help="run these rows only; report what is there")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--steps", type=int, help="instead of the recipe's; goes into the names")
+    parser.add_argument("--seeds", help="with commas between")
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--out", type=Path, default=Path("docs/results/evidence"))
     args = parser.parse_args()
@@ -353,11 +356,21 @@ def main() -> None:
         run_hippo(args.size, args.out)
         return
     only = [row.strip() for row in args.only.split(",") if row.strip()]
-    if args.size not in EXPERIMENTS[args.experiment].sizes:
-        parser.error(f"{args.experiment} has sizes {list(EXPERIMENTS[args.experiment].sizes)}")
-    found = run_experiment(args.experiment, args.size, only, args.device, args.work)
-    write(args.experiment, args.size, found, args.out)
-    print(json.dumps({"written": str(args.out / f"{args.experiment}-{args.size}.json")}))
+    experiment, size = EXPERIMENTS[args.experiment], args.size
+    if size not in experiment.sizes:
+        parser.error(f"{args.experiment} has sizes {list(experiment.sizes)}")
+    plan = experiment.sizes[size]
+    if args.steps:
+        plan = replace(plan, settings=tuple(s | {"steps": args.steps} for s in plan.settings))
+        plan = replace(plan, note=f"{plan.note} {args.steps:,} steps only.".strip())
+        size = f"{size}-{args.steps}-steps"
+    if args.seeds:
+        plan = replace(plan, seeds=tuple(int(seed) for seed in args.seeds.split(",")))
+    folder = args.work / f"{args.experiment}-{size}"
+    found = run_experiment(args.experiment, plan, only, args.device, folder)
+    if not found:
+        parser.error(f"--only: got {args.only}; expected some of {', '.join(experiment.rows)}")
+    write(args.experiment, size, plan.note, found, args.out)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ IGNORE = -100
 """The label of a position at which nothing is asked; of a signal, NaN."""
 
 SPLITS = ("train", "test")
+_PIECE = 2048  # positions of a sequence that are scored at once, about
 
 
 @dataclass(frozen=True)
@@ -154,10 +155,15 @@ class Task(ABC):
     def test_batches(
         self, sequences: int, *, tokens_at_once: int = 1 << 16, seed: int = 0
     ) -> Iterator[Batch]:
-        """Test batches of about this many sequences in all, each batch of a bounded size."""
+        """Test batches of about this many sequences in all, each batch of a bounded size.
+
+        Long sequences are scored in pieces, so it is a piece of every one that `tokens_at_once`
+        bounds; the tokens themselves are kept below 64 times that.
+        """
         check_count("sequences", sequences)
         width = self.sample(1, seed=seed, split="test").inputs.shape[1]
-        size = max(1, min(sequences, tokens_at_once // width))
+        at_once = min(tokens_at_once // min(width, _PIECE), 64 * tokens_at_once // width)
+        size = max(1, min(sequences, at_once))
         for step in range(-(-sequences // size)):
             yield self.sample(size, seed=seed, step=step, split="test")
 
