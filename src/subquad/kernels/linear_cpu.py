@@ -16,7 +16,7 @@ from subquad.kernels.pages import enlarge_pages
 from subquad.kernels.tape import Tape, integers, kernel
 from subquad.kernels.team import share, team
 
-ROWS = 32  # of a unit: 64 KiB at K = 512, a few microseconds
+MOST_ROWS = 128  # of a unit: in longer runs one core reads faster, but the last one is waited for
 
 
 @jit
@@ -50,22 +50,29 @@ def _rows(x, w, bias, y, first, last):
 
 @kernel
 def _unit(arguments, unit):
-    x, w, bias, y, N, K = integers(arguments, 6)
-    first = unit * ROWS
+    x, w, bias, y, N, K, rows = integers(arguments, 7)
+    first = unit * rows
     offset = at(bias, (N if bias != 0 else 0,))
-    _rows(at(x, (K,)), at(w, (N, K)), offset, at(y, (N,)), first, min(first + ROWS, N))
+    _rows(at(x, (K,)), at(w, (N, K)), offset, at(y, (N,)), first, min(first + rows, N))
 
 
 def record(tape: Tape, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """y [N] = weight [N,K] x [K] + bias [N]."""
     N, K = weight.shape
-    tape.step(_unit, -(-N // ROWS), x, weight, bias, y, N, K)
+    rows = _unit_rows(N)
+    tape.step(_unit, -(-N // rows), x, weight, bias, y, N, K, rows)
+
+
+def _unit_rows(N: int) -> int:
+    """Rows of a unit: about four units for each thread, and eight streams in each."""
+    rows = N // (4 * torch.get_num_threads())
+    return min(max(rows // 8 * 8, 8), MOST_ROWS)
 
 
 @jit
-def _now(board, helpers, unit, x, w, bias, y, N, K):
-    arguments = np.array([x, w, bias, y, N, K])
-    share(board, helpers, unit, arguments.ctypes.data, -(-N // ROWS))
+def _now(board, helpers, unit, x, w, bias, y, N, K, rows):
+    arguments = np.array([x, w, bias, y, N, K, rows])
+    share(board, helpers, unit, arguments.ctypes.data, -(-N // rows))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -75,5 +82,5 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.contiguous()
     y = torch.empty(*x.shape[:-1], N)
     enlarge_pages((weight,))
-    _now(*team().ready(), _unit, *map(address, (x, weight, bias, y)), N, K)
+    _now(*team().ready(), _unit, *map(address, (x, weight, bias, y)), N, K, _unit_rows(N))
     return y
