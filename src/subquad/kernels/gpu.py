@@ -1,4 +1,4 @@
-"""What every launcher of a Triton kernel asks first: whether it can run these tensors at all."""
+"""What launchers of Triton kernels share: whether they can run these tensors, how those lie."""
 
 from __future__ import annotations
 
@@ -29,3 +29,15 @@ def triton_missing() -> str | None:
     except ImportError:
         return "Triton is not installed"
     return None
+
+
+def rows(x: Tensor) -> Tensor:
+    """[..., D] as [tokens, D] with adjacent channels: a view where its layout allows it."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return x.reshape(-1, x.shape[-1])
+
+
+def head_tiles(heads: int, size: int, tile: int) -> dict[str, int]:
+    """Sizes of a kernel whose programs own one head of several tokens, `tile` numbers in all."""
+    width = 1 << (size - 1).bit_length()
+    return {"H": heads, "P": size, "BP": width, "BT": min(128, max(1, tile // width))}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .gpu import reason_to_decline
+from .gpu import reason_to_decline, rows
 
 WIDEST = 16384  # channels of a group: a program holds all of one
 TILE = 1024  # numbers a program holds of each tensor, or one group's, if that is more
@@ -36,7 +36,7 @@ def norm(
 
     tokens, groups = x.numel() // x.shape[-1], x.shape[-1] // size
     y = _result(x, gate)
-    x, gate = _rows(x), None if gate is None else _rows(gate)
+    x, gate = rows(x), None if gate is None else rows(gate)
     blocks = _blocks(size)
     forward[(-(-tokens // blocks["BT"]) * groups,)](
         x, x if gate is None else gate, x if weight is None else weight.contiguous(), y, tokens,
@@ -61,7 +61,7 @@ def norm_backward(
 
     tokens, groups = x.numel() // x.shape[-1], x.shape[-1] // size
     dx, dgate, dweight = _gradients_of(x, gate, weight)
-    dy, x, gate = _rows(dy), _rows(x), None if gate is None else _rows(gate)
+    dy, x, gate = rows(dy), rows(x), None if gate is None else rows(gate)
     blocks = _blocks(size)
     pieces = -(-tokens // (blocks["BT"] * STEPS))
     parts = x.new_empty(pieces if weight is not None else 0, groups, size, dtype=torch.float32)
@@ -95,12 +95,6 @@ def _gradients(ctx, dy: Tensor) -> tuple:
 
 
 norm.register_autograd(_gradients, setup_context=_save)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x as [tokens, D] with adjacent channels: a view where its layout allows it."""
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return x.reshape(-1, x.shape[-1])
 
 
 def _result(x: Tensor, gate: Tensor | None) -> Tensor:

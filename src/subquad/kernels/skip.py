@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .gpu import reason_to_decline
-from .timestep import STEPS, WIDEST, _flat, _sizes
+from .gpu import head_tiles, reason_to_decline, rows
+from .timestep import STEPS, TILE, WIDEST
 
 
 def supported(y: Tensor, x: Tensor, weight: Tensor) -> str | None:
@@ -26,7 +26,8 @@ def add_skip(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     from .add_skip import forward
 
     out = y.new_empty(y.shape)
-    y, x, sizes = _flat(y), _flat(x), _sizes(x, x)
+    sizes = head_tiles(x.shape[2], x.shape[3], TILE)
+    y, x = rows(y.flatten(2)), rows(x.flatten(2))
     tokens = x.shape[0]
     forward[(-(-tokens // sizes["BT"]) * sizes["H"],)](
         y, x, weight.contiguous(), out, tokens, y.stride(0), x.stride(0), **sizes
@@ -45,7 +46,8 @@ def add_skip_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Te
     from .add_skip import backward
 
     dx = x.new_empty(x.shape)
-    dy, x, sizes = _flat(dy), _flat(x), _sizes(x, x)
+    sizes = head_tiles(x.shape[2], x.shape[3], TILE)
+    dy, x = rows(dy.flatten(2)), rows(x.flatten(2))
     tokens, heads = x.shape[0], sizes["H"]
     pieces = -(-tokens // (sizes["BT"] * STEPS))
     parts = x.new_empty(pieces, heads, dtype=torch.float32)

@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .gpu import reason_to_decline
-from .norm import _rows
+from .gpu import head_tiles, reason_to_decline, rows
 
 WIDEST = 4096  # channels of a head
 TILE = 2048  # numbers a program holds of x
@@ -35,7 +34,7 @@ def discretise(
     from .discretise import forward
 
     v, log_decay = _results(x, dt)
-    flat, raw, sizes = None if x is None else _flat(x), _rows(dt), _sizes(x, dt)
+    flat, raw, sizes = None if x is None else rows(x.flatten(2)), rows(dt), _tiles(x, dt)
     tokens = raw.shape[0]
     forward[(-(-tokens // sizes["BT"]) * sizes["H"],)](
         dt if flat is None else flat, raw, dt_bias.contiguous(), A_log.contiguous(), v, log_decay,
@@ -58,8 +57,8 @@ def discretise_backward(
 
     dx = dt.new_empty(0) if x is None else x.new_empty(x.shape)
     draw = dt.new_empty(dt.shape)
-    raw, sizes = _rows(dt), _sizes(x, dt)
-    flat, dflat = (raw, raw) if x is None else (_flat(x), _flat(dv))
+    raw, sizes = rows(dt), _tiles(x, dt)
+    flat, dflat = (raw, raw) if x is None else (rows(x.flatten(2)), rows(dv.flatten(2)))
     tokens, heads = raw.shape[0], sizes["H"]
     pieces = -(-tokens // (sizes["BT"] * STEPS))
     parts = dt.new_empty(pieces, 2, heads, dtype=torch.float32)
@@ -95,12 +94,5 @@ def _results(x: Tensor | None, dt: Tensor) -> tuple[Tensor, Tensor]:
     return v, dt.new_empty(dt.shape, dtype=torch.float32)
 
 
-def _flat(x: Tensor) -> Tensor:
-    """[B,T,H,P] as [tokens, H * P] with adjacent channels: a view where its layout allows it."""
-    return _rows(x.flatten(2))
-
-
-def _sizes(x: Tensor | None, dt: Tensor) -> dict[str, int]:
-    size = 1 if x is None else x.shape[3]
-    width = 1 << (size - 1).bit_length()
-    return {"H": dt.shape[2], "P": size, "BP": width, "BT": min(128, max(1, TILE // width))}
+def _tiles(x: Tensor | None, dt: Tensor) -> dict[str, int]:
+    return head_tiles(dt.shape[2], 1 if x is None else x.shape[3], TILE)
