@@ -112,6 +112,10 @@ def test_operator_is_sound(erase, packed):
 
 
 def test_runs_where_it_can():
+    from subquad.kernels import chunked_cpu
+    from subquad.recurrence import compiled
+
+    assert compiled.CHUNK == chunked_cpu.CHUNK  # which is compiled in, and costs numba to look up
     for decay, erase in CASES:
         page = explain(**single(make(decay, erase, T=100)))
         assert (page.form, page.impl, page.chunk) == ("chunked", "numba", 64)
