@@ -410,6 +410,7 @@ U = torch.ones(8, 1)
         (lambda: STABLE.impulse_response(torch.tensor([-1.0])), "times"),
         (lambda: STABLE.impulse_response(1.0), "times"),
         (lambda: StateSpace.from_scipy([1, 2]), "system"),
+        (lambda: system("dense", dtype=c128).to(torch.float32), "dtype"),
         (lambda: STABLE.discretize(0.0), "dt"),
         (lambda: STABLE.discretize(math.nan), "dt"),
         (lambda: STABLE.discretize("fast"), "dt"),

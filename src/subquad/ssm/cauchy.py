@@ -29,7 +29,7 @@ def s4_kernel(system: StateSpace, dt: float, L: int) -> Tensor:
     """K_l = C A_bar^l B_bar for l < L, bilinear: `discretize(dt, "bilinear", "after")`, without D.
 
     O(N L) for the sums, O(N^3 log L) for A_bar^L; in float64, in memory for a chunk of roots. This
-    is S4 as published; on a CPU `discretize(...).kernel(L)` is faster for states of this size, for
+    is S4 as published; on a CPU `discretize(...).kernel(L)` is faster for tens of states, because
     it is a few matrix products.
 
     Args:

@@ -114,8 +114,11 @@ class LinearSystem:
         return self.B.device
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """As `Tensor.to`: another dtype or device."""
+        """As `Tensor.to`: another dtype or device. A complex system stays complex."""
         move = {name: getattr(self, name).to(*args, **kwargs) for name in "BCD"}
+        dtype = move["B"].dtype
+        if self.dtype.is_complex and not dtype.is_complex:
+            raise fail("dtype", dtype, "a complex one: this system is", "complex64 or complex128")
         A = type(self.matrix)(*(t.to(*args, **kwargs) for t in self.matrix.tensors))
         return replace(self, A=A.matrix if isinstance(A, Dense) else A, **move)
 
