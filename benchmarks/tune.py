@@ -14,7 +14,7 @@ import os
 
 import torch
 
-from subquad.kernels import layout, matrix
+from subquad.kernels import layout, passes
 from subquad.kernels.launch import launch
 
 PARTS = {"o": (False, False), "dv": (False, True), "dq": (True, False), "dk": (True, True)}
@@ -33,9 +33,9 @@ def prepare(gate: str, shape: tuple[int, ...], chunk: int):
         "HEAD": lambda: -torch.rand(B, T, H, device="cuda") / 8,
         "KEY": lambda: (-torch.rand(B, T, H, K, device="cuda") / 8).bfloat16(),
     }
-    prepared = matrix._prepare_gate(gates[gate](), v)
+    prepared = passes.prepare_gate(gates[gate](), v)
     cut = layout.lay_out(B, T, -(-T // layout.PIECE) * layout.PIECE, None, chunk)
-    prepared = matrix._sum_gate(prepared, k, v, None, chunk)
+    prepared = passes.sum_gate(prepared, k, v, None, chunk)
     return q, k, v, do, prepared, cut
 
 
@@ -55,7 +55,7 @@ def launcher(gate: str, part: str, shape: tuple[int, ...], tiles: layout.Tiles):
             extra["dgate"] = torch.zeros(B, T, H, K, device="cuda", dtype=torch.bfloat16)
         elif reverse:
             extra["totals"] = torch.zeros(cut.segments, H, channels, device="cuda")
-    launches = matrix._scan(
+    launches = passes.scan_launches(
         r, w, x, y, prepared, cut, tiles, H, out=out, reverse=reverse, scale=0.1, **extra
     )
     return lambda: launch(launches)

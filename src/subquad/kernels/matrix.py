@@ -10,26 +10,13 @@
 from __future__ import annotations
 
 from functools import lru_cache, partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .launch import Launch, launch
-from .layout import (
-    HEAD,
-    KEY,
-    NONE,
-    PIECE,
-    Layout,
-    Tiles,
-    blocks,
-    choose_tiles,
-    gate_kind,
-    lay_out,
-    padded,
-    segment_length,
-)
+from .launch import launch
+from .layout import KEY, blocks, choose_tiles, gate_kind, segment_length
+from .passes import empty_states, enter_segments, plan, scan_launches, strided
 
 GATE_NAMES = ("no decay", "fixed decay per head", "decay per head", "decay per key channel")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -109,175 +96,6 @@ def linear_recurrence(
     )
 
 
-# ---- launches -------------------------------------------------------------------------------
-
-
-def _strided(x: Tensor) -> Tensor:
-    """x with its channels adjacent and one stride for all tokens of the batch: a view if it is."""
-    flat = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
-    return x if x.stride(-1) == 1 and flat else x.contiguous()
-
-
-class _Gate(NamedTuple):
-    kind: int
-    fixed: bool  # the same at every token
-    values: Tensor  # something to point at, if there is no gate
-    token: int  # strides
-    head: int
-    sums: tuple[Tensor, ...] | None = None  # what the pre-pass made of it
-
-
-def _prepare_gate(log_decay: Tensor | None, like: Tensor) -> _Gate:
-    kind = gate_kind(log_decay)
-    if log_decay is None:
-        return _Gate(kind, False, like, 0, 0)
-    if log_decay.ndim <= 2:
-        log_decay = log_decay.contiguous()
-        return _Gate(kind, True, log_decay, 0, log_decay.stride(0))
-    if log_decay.ndim == 4:
-        log_decay = _strided(log_decay)
-    elif log_decay.shape[0] > 1 and log_decay.stride(0) != log_decay.shape[1] * log_decay.stride(1):
-        log_decay = log_decay.contiguous()
-    return _Gate(kind, False, log_decay, log_decay.stride(1), log_decay.stride(2))
-
-
-def _sum_gate(gate: _Gate, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int) -> _Gate:
-    """Sums of the gates, made once and shared by the scans of o, dq, dk and dv."""
-    if gate.kind not in (HEAD, KEY):
-        return gate
-    from .gates import sum_head_gates, sum_key_gates
-
-    batch, tokens, heads, width = *v.shape[:3], k.shape[-1]
-    pieces = lay_out(batch, tokens, PIECE, cu_seqlens, chunk)
-    grid, packed = (pieces.segments * heads,), cu_seqlens is not None
-    chunks = -(-tokens // chunk)
-    chunks = batch * chunks if cu_seqlens is None else chunks + cu_seqlens.numel() - 1
-    if gate.kind == HEAD:
-        precise = v.dtype != torch.bfloat16
-        wholes = torch.empty(heads, chunks, chunk, device=v.device, dtype=torch.float32)
-        parts = torch.empty_like(wholes) if precise else wholes
-        sum_head_gates[grid](
-            gate.values, wholes, parts, *pieces.walk(wholes), chunks, gate.token, gate.head,
-            H=heads, C=chunk, PACKED=packed, PRECISE=precise,
-        )  # fmt: skip
-        return gate._replace(sums=(wholes, parts, wholes))
-    first = torch.empty(chunks, heads, width, device=v.device, dtype=torch.float32)
-    last = torch.empty_like(first)
-    fits = torch.empty(heads, chunks, device=v.device, dtype=torch.int32)
-    sum_key_gates[grid](
-        gate.values, first, last, fits, *pieces.walk(first), chunks, gate.token, gate.head,
-        H=heads, K=width, BK=padded(width), C=chunk, PACKED=packed, num_warps=1,
-    )  # fmt: skip
-    return gate._replace(sums=(first, last, fits))
-
-
-def _scan(
-    r: Tensor | None, w: Tensor, x: Tensor, y: Tensor | None, gate: _Gate, layout: Layout,
-    tiles: Tiles, heads: int, *, out: bool = False, reverse: bool = False, scale: float = 1.0,
-    bonus: Tensor | None = None, start: Tensor | None = None, finish: Tensor | None = None,
-    totals: Tensor | None = None, partner: Tensor | None = None, ends: Tensor | None = None,
-    reads: Tensor | None = None, dgate: Tensor | None = None, dbonus: Tensor | None = None,
-) -> list[Launch]:  # fmt: skip
-    """The launches of one scan; r=None carries the state only. scan.py names the parts."""
-    read = r is not None
-    r = w if r is None else r
-    partner = x if partner is None else partner
-    absent = x  # a valid pointer that the kernel never follows
-    dot, precision = _dot_type(x.dtype)
-    common = {
-        "H": heads, "R_SHARE": heads // r.shape[2], "W_SHARE": heads // w.shape[2],
-        "X_SHARE": heads // x.shape[2], "M": w.shape[-1], "N": x.shape[-1],
-        "BM": padded(w.shape[-1]), "BN": tiles.columns, "C": tiles.chunk, "OUT": out,
-        "REVERSE": reverse, "BONUS": bonus is not None, "READ": read, "START": start is not None,
-        "FINISH": finish is not None, "PACKED": layout.table is not None, "DOT": dot,
-        "PREC": precision, "num_warps": tiles.warps, "r_token": r.stride(1),
-        "w_token": w.stride(1), "x_token": x.stride(1), "partner_token": partner.stride(1),
-    }  # fmt: skip
-    slopes = reads is not None
-    grid = (layout.segments * heads * blocks(x.shape[-1], tiles),)
-    heads_apart = (r.stride(2), w.stride(2), x.stride(2), partner.stride(2), gate.head)
-    tensors = [absent if z is None else z for z in (bonus, start, finish, totals, ends, reads)]
-    dbonus = absent if dbonus is None else dbonus
-    y = absent if y is None else y
-    sums = gate.sums or (x, x, x)
-    scales = (scale, 1 / scale, scale) if reverse else (scale, 1.0, 1.0)
-    if gate.kind != KEY:
-        from .scan import scan
-
-        arguments = (
-            r, w, x, y, partner, gate.values, *sums[:2], *tensors, dbonus, *layout.walk(x),
-            sums[0].shape[1], *scales, 1.0, *heads_apart,
-        )  # fmt: skip
-        options = common | {"GATE": gate.kind, "SLOPES": slopes, "STAGES": tiles.stages}
-        return [Launch(scan, grid, arguments, options)]
-    from .scan_key import scan_key
-
-    arguments = (
-        r, w, x, y, partner, gate.values, *sums, *tensors, absent if dgate is None else dgate,
-        dbonus, *layout.walk(x), sums[2].shape[-1], *scales, *heads_apart,
-    )  # fmt: skip
-    common |= {
-        "gate_token": gate.token, "FIXED": gate.fixed, "KEEP_READS": slopes and not reverse,
-        "GATE_GRAD": slopes and reverse,
-        "PARTS": 1 if gate.values.dtype == torch.bfloat16 else 3,
-    }  # fmt: skip
-    near = common | {"FAR": False, "STAGES": tiles.stages}
-    far = common | {"FAR": True, "STAGES": 1}
-    return [Launch(scan_key, grid, arguments, options) for options in (near, far)]
-
-
-def _dot_type(dtype: torch.dtype) -> tuple[object, str]:
-    """Operand type and precision of the products. Float16 is widened: states outgrow its range."""
-    import triton.language as tl
-
-    return (tl.bfloat16, "tf32") if dtype == torch.bfloat16 else (tl.float32, "tf32x3")
-
-
-def _enter_segments(
-    w: Tensor, x: Tensor, gate: _Gate, layout: Layout, tiles: Tiles, heads: int,
-    start: Tensor | None, reverse: bool, scale: float, bonus: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The state that enters each segment, and the one that leaves each sequence."""
-    from .tiles import join
-
-    width, columns = w.shape[-1], x.shape[-1]
-    states = x.new_empty(layout.segments, heads, width, columns, dtype=torch.float32)
-    totals = x.new_empty(layout.segments, heads, width, dtype=torch.float32)
-    final = x.new_empty(layout.sequences, heads, width, columns, dtype=torch.float32)
-    launch(_scan(None, w, x, None, gate, layout, tiles, heads, reverse=reverse, scale=scale,
-                 finish=states, totals=totals, bonus=bonus))  # fmt: skip
-    block = min(1024, padded(width * columns))
-    join[(layout.sequences * heads * -(-width * columns // block),)](
-        states, final if start is None else start, final, totals,
-        totals if layout.offsets is None else layout.offsets, layout.per_row,
-        H=heads, K=width, V=columns, BLOCK=block, GATED=gate.kind != NONE, REVERSE=reverse,
-        START=start is not None, PACKED=layout.offsets is not None,
-    )  # fmt: skip
-    return states, final
-
-
-class _Plan(NamedTuple):
-    """What both directions of one call share."""
-
-    gate: _Gate
-    layout: Layout
-    value_tiles: Tiles  # for o and dv
-    key_tiles: Tiles  # for dq and dk
-
-
-def _plan(k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None) -> _Plan:
-    batch, tokens, heads, columns = v.shape
-    width = k.shape[-1]
-    gate = _prepare_gate(log_decay, v)
-    value_tiles = choose_tiles(width, columns, v.dtype, gate.kind, False)
-    key_tiles = choose_tiles(columns, width, v.dtype, gate.kind, gate.kind != NONE)
-    warps = heads * blocks(columns, value_tiles) * value_tiles.warps
-    length = segment_length(batch, tokens, warps, v.device)
-    layout = lay_out(batch, tokens, length, cu_seqlens, value_tiles.chunk)
-    gate = _sum_gate(gate, k, v, cu_seqlens, value_tiles.chunk)
-    return _Plan(gate, layout, value_tiles, key_tiles)
-
-
 # ---- the ops --------------------------------------------------------------------------------
 
 
@@ -287,30 +105,26 @@ def scan_forward(
     state: Tensor | None, cu_seqlens: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Outputs [B,T,H,V] and the state [B,H,K,V] that leaves each sequence."""
-    q, k, v = _strided(q), _strided(k), _strided(v)
+    q, k, v = strided(q), strided(k), strided(v)
     heads = v.shape[2]
-    gate, layout, tiles, _ = _plan(k, v, log_decay, cu_seqlens)
+    gate, layout, tiles, _ = plan(k, v, log_decay, cu_seqlens)
     state = None if state is None else state.contiguous()
     bonus = None if bonus is None else bonus.contiguous()
     o = torch.empty(v.shape, device=v.device, dtype=v.dtype)
     if layout.split:
-        state, final = _enter_segments(k, v, gate, layout, tiles, heads, state, False, 1.0, bonus)
+        state, final = enter_segments(k, v, gate, layout, tiles, heads, state, False, 1.0, bonus)
         finish = None
     else:
-        finish = final = _empty_states(k, v, layout.sequences)
-    launch(_scan(q, k, v, o, gate, layout, tiles, heads, scale=scale, bonus=bonus, start=state,
-                 finish=finish))  # fmt: skip
+        finish = final = empty_states(k, v, layout.sequences)
+    launch(scan_launches(q, k, v, o, gate, layout, tiles, heads, scale=scale, bonus=bonus,
+                         start=state, finish=finish))  # fmt: skip
     return o, final
-
-
-def _empty_states(k: Tensor, v: Tensor, sequences: int) -> Tensor:
-    return v.new_empty(sequences, v.shape[2], k.shape[-1], v.shape[-1], dtype=torch.float32)
 
 
 @scan_forward.register_fake
 def _(q, k, v, log_decay, bonus, state, cu_seqlens, scale):
     sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return v.new_empty(v.shape), _empty_states(k, v, sequences)
+    return v.new_empty(v.shape), empty_states(k, v, sequences)
 
 
 @torch.library.custom_op("subquad::scan_backward", mutates_args=())
@@ -320,20 +134,20 @@ def scan_backward(
     with_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, log_decay (empty unless with_gate), bonus (empty if none), state."""
-    do, q, k, v = _strided(do), _strided(q), _strided(k), _strided(v)
+    do, q, k, v = strided(do), strided(q), strided(k), strided(v)
     heads, width = v.shape[2], k.shape[-1]
-    gate, layout, value_tiles, key_tiles = _plan(k, v, log_decay, cu_seqlens)
+    gate, layout, value_tiles, key_tiles = plan(k, v, log_decay, cu_seqlens)
     state = None if state is None else state.contiguous()
     dfinal = None if dfinal is None else dfinal.contiguous()
     bonus = None if bonus is None else bonus.contiguous()
 
     if layout.split:
         walk = (gate, layout, value_tiles, heads)
-        state, _ = _enter_segments(k, v, *walk, state, False, 1.0, bonus)
-        dfinal, dstate = _enter_segments(q, do, *walk, dfinal, True, scale, bonus)
+        state, _ = enter_segments(k, v, *walk, state, False, 1.0, bonus)
+        dfinal, dstate = enter_segments(q, do, *walk, dfinal, True, scale, bonus)
         finish = None
     else:
-        finish = dstate = _empty_states(k, v, layout.sequences)
+        finish = dstate = empty_states(k, v, layout.sequences)
 
     dv = torch.empty(v.shape, device=v.device, dtype=v.dtype)
     dq = v.new_empty(*v.shape[:3], width)
@@ -343,7 +157,7 @@ def scan_backward(
         parts = blocks(width, key_tiles)
         channels = width if gate.kind == KEY else parts
         writes = reads = v.new_empty(*v.shape[:3], channels, dtype=torch.float32)
-        ends = _empty_states(k, v, layout.segments)
+        ends = empty_states(k, v, layout.segments)
         if gate.fixed:  # summed over the tokens of a segment
             size = (layout.segments, heads, width)[: 3 if gate.kind == KEY else 2]
             dgate = v.new_empty(size, dtype=torch.float32)
@@ -354,7 +168,7 @@ def scan_backward(
             tails = v.new_empty(layout.segments, heads, parts, dtype=torch.float32)
     if bonus is not None:
         dbonus = v.new_empty(layout.segments, heads, width, dtype=torch.float32)
-    run = partial(_scan, gate=gate, layout=layout, heads=heads, scale=scale, bonus=bonus)
+    run = partial(scan_launches, gate=gate, layout=layout, heads=heads, scale=scale, bonus=bonus)
     launch([
         *run(k, q, do, dv, tiles=value_tiles, reverse=True, start=dfinal, finish=finish),
         *run(do, v, k, dq, tiles=key_tiles, out=True, start=state, finish=ends, partner=q,
@@ -395,7 +209,7 @@ def _(do, dfinal, q, k, v, log_decay, bonus, state, cu_seqlens, scale, with_gate
     dgate = log_decay.new_empty(log_decay.shape) if with_gate else v.new_empty(0)
     dbonus = v.new_empty(0) if bonus is None else bonus.new_empty(bonus.shape)
     grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
-    return *grads, dgate, dbonus, _empty_states(k, v, sequences)
+    return *grads, dgate, dbonus, empty_states(k, v, sequences)
 
 
 def _save(ctx, inputs: tuple, output: tuple) -> None:

@@ -1,0 +1,194 @@
+"""What a pass of the scan is made of: gates prepared and summed, layouts, launches."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .launch import Launch, launch
+from .layout import (
+    HEAD,
+    KEY,
+    NONE,
+    PIECE,
+    Layout,
+    Tiles,
+    blocks,
+    choose_tiles,
+    gate_kind,
+    lay_out,
+    padded,
+    segment_length,
+)
+
+
+def strided(x: Tensor) -> Tensor:
+    """x with its channels adjacent and one stride for all tokens of the batch: a view if it is."""
+    flat = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    return x if x.stride(-1) == 1 and flat else x.contiguous()
+
+
+class Gate(NamedTuple):
+    kind: int
+    fixed: bool  # the same at every token
+    values: Tensor  # something to point at, if there is no gate
+    token: int  # strides
+    head: int
+    sums: tuple[Tensor, ...] | None = None  # what the pre-pass made of it
+
+
+def prepare_gate(log_decay: Tensor | None, like: Tensor) -> Gate:
+    kind = gate_kind(log_decay)
+    if log_decay is None:
+        return Gate(kind, False, like, 0, 0)
+    if log_decay.ndim <= 2:
+        log_decay = log_decay.contiguous()
+        return Gate(kind, True, log_decay, 0, log_decay.stride(0))
+    if log_decay.ndim == 4:
+        log_decay = strided(log_decay)
+    elif log_decay.shape[0] > 1 and log_decay.stride(0) != log_decay.shape[1] * log_decay.stride(1):
+        log_decay = log_decay.contiguous()
+    return Gate(kind, False, log_decay, log_decay.stride(1), log_decay.stride(2))
+
+
+def sum_gate(gate: Gate, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int) -> Gate:
+    """Sums of the gates, made once and shared by the scans of o, dq, dk and dv."""
+    if gate.kind not in (HEAD, KEY):
+        return gate
+    from .gates import sum_head_gates, sum_key_gates
+
+    batch, tokens, heads, width = *v.shape[:3], k.shape[-1]
+    pieces = lay_out(batch, tokens, PIECE, cu_seqlens, chunk)
+    grid, packed = (pieces.segments * heads,), cu_seqlens is not None
+    chunks = -(-tokens // chunk)
+    chunks = batch * chunks if cu_seqlens is None else chunks + cu_seqlens.numel() - 1
+    if gate.kind == HEAD:
+        precise = v.dtype != torch.bfloat16
+        wholes = torch.empty(heads, chunks, chunk, device=v.device, dtype=torch.float32)
+        parts = torch.empty_like(wholes) if precise else wholes
+        sum_head_gates[grid](
+            gate.values, wholes, parts, *pieces.walk(wholes), chunks, gate.token, gate.head,
+            H=heads, C=chunk, PACKED=packed, PRECISE=precise,
+        )  # fmt: skip
+        return gate._replace(sums=(wholes, parts, wholes))
+    first = torch.empty(chunks, heads, width, device=v.device, dtype=torch.float32)
+    last = torch.empty_like(first)
+    fits = torch.empty(heads, chunks, device=v.device, dtype=torch.int32)
+    sum_key_gates[grid](
+        gate.values, first, last, fits, *pieces.walk(first), chunks, gate.token, gate.head,
+        H=heads, K=width, BK=padded(width), C=chunk, PACKED=packed, num_warps=1,
+    )  # fmt: skip
+    return gate._replace(sums=(first, last, fits))
+
+
+def scan_launches(
+    r: Tensor | None, w: Tensor, x: Tensor, y: Tensor | None, gate: Gate, layout: Layout,
+    tiles: Tiles, heads: int, *, out: bool = False, reverse: bool = False, scale: float = 1.0,
+    bonus: Tensor | None = None, start: Tensor | None = None, finish: Tensor | None = None,
+    totals: Tensor | None = None, partner: Tensor | None = None, ends: Tensor | None = None,
+    reads: Tensor | None = None, dgate: Tensor | None = None, dbonus: Tensor | None = None,
+) -> list[Launch]:  # fmt: skip
+    """The launches of one scan; r=None carries the state only. scan.py names the parts."""
+    read = r is not None
+    r = w if r is None else r
+    partner = x if partner is None else partner
+    absent = x  # a valid pointer that the kernel never follows
+    dot, precision = _dot_type(x.dtype)
+    common = {
+        "H": heads, "R_SHARE": heads // r.shape[2], "W_SHARE": heads // w.shape[2],
+        "X_SHARE": heads // x.shape[2], "M": w.shape[-1], "N": x.shape[-1],
+        "BM": padded(w.shape[-1]), "BN": tiles.columns, "C": tiles.chunk, "OUT": out,
+        "REVERSE": reverse, "BONUS": bonus is not None, "READ": read, "START": start is not None,
+        "FINISH": finish is not None, "PACKED": layout.table is not None, "DOT": dot,
+        "PREC": precision, "num_warps": tiles.warps, "r_token": r.stride(1),
+        "w_token": w.stride(1), "x_token": x.stride(1), "partner_token": partner.stride(1),
+    }  # fmt: skip
+    slopes = reads is not None
+    grid = (layout.segments * heads * blocks(x.shape[-1], tiles),)
+    heads_apart = (r.stride(2), w.stride(2), x.stride(2), partner.stride(2), gate.head)
+    tensors = [absent if z is None else z for z in (bonus, start, finish, totals, ends, reads)]
+    dbonus = absent if dbonus is None else dbonus
+    y = absent if y is None else y
+    sums = gate.sums or (x, x, x)
+    scales = (scale, 1 / scale, scale) if reverse else (scale, 1.0, 1.0)
+    if gate.kind != KEY:
+        from .scan import scan
+
+        arguments = (
+            r, w, x, y, partner, gate.values, *sums[:2], *tensors, dbonus, *layout.walk(x),
+            sums[0].shape[1], *scales, 1.0, *heads_apart,
+        )  # fmt: skip
+        options = common | {"GATE": gate.kind, "SLOPES": slopes, "STAGES": tiles.stages}
+        return [Launch(scan, grid, arguments, options)]
+    from .scan_key import scan_key
+
+    arguments = (
+        r, w, x, y, partner, gate.values, *sums, *tensors, absent if dgate is None else dgate,
+        dbonus, *layout.walk(x), sums[2].shape[-1], *scales, *heads_apart,
+    )  # fmt: skip
+    common |= {
+        "gate_token": gate.token, "FIXED": gate.fixed, "KEEP_READS": slopes and not reverse,
+        "GATE_GRAD": slopes and reverse,
+        "PARTS": 1 if gate.values.dtype == torch.bfloat16 else 3,
+    }  # fmt: skip
+    near = common | {"FAR": False, "STAGES": tiles.stages}
+    far = common | {"FAR": True, "STAGES": 1}
+    return [Launch(scan_key, grid, arguments, options) for options in (near, far)]
+
+
+def _dot_type(dtype: torch.dtype) -> tuple[object, str]:
+    """Operand type and precision of the products. Float16 is widened: states outgrow its range."""
+    import triton.language as tl
+
+    return (tl.bfloat16, "tf32") if dtype == torch.bfloat16 else (tl.float32, "tf32x3")
+
+
+def enter_segments(
+    w: Tensor, x: Tensor, gate: Gate, layout: Layout, tiles: Tiles, heads: int,
+    start: Tensor | None, reverse: bool, scale: float, bonus: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The state that enters each segment, and the one that leaves each sequence."""
+    from .tiles import join
+
+    width, columns = w.shape[-1], x.shape[-1]
+    states = x.new_empty(layout.segments, heads, width, columns, dtype=torch.float32)
+    totals = x.new_empty(layout.segments, heads, width, dtype=torch.float32)
+    final = x.new_empty(layout.sequences, heads, width, columns, dtype=torch.float32)
+    launch(scan_launches(None, w, x, None, gate, layout, tiles, heads, reverse=reverse,
+                         scale=scale, finish=states, totals=totals, bonus=bonus))  # fmt: skip
+    block = min(1024, padded(width * columns))
+    join[(layout.sequences * heads * -(-width * columns // block),)](
+        states, final if start is None else start, final, totals,
+        totals if layout.offsets is None else layout.offsets, layout.per_row,
+        H=heads, K=width, V=columns, BLOCK=block, GATED=gate.kind != NONE, REVERSE=reverse,
+        START=start is not None, PACKED=layout.offsets is not None,
+    )  # fmt: skip
+    return states, final
+
+
+class Plan(NamedTuple):
+    """What both directions of one call share."""
+
+    gate: Gate
+    layout: Layout
+    value_tiles: Tiles  # for o and dv
+    key_tiles: Tiles  # for dq and dk
+
+
+def plan(k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None) -> Plan:
+    batch, tokens, heads, columns = v.shape
+    width = k.shape[-1]
+    gate = prepare_gate(log_decay, v)
+    value_tiles = choose_tiles(width, columns, v.dtype, gate.kind, False)
+    key_tiles = choose_tiles(columns, width, v.dtype, gate.kind, gate.kind != NONE)
+    warps = heads * blocks(columns, value_tiles) * value_tiles.warps
+    length = segment_length(batch, tokens, warps, v.device)
+    layout = lay_out(batch, tokens, length, cu_seqlens, value_tiles.chunk)
+    gate = sum_gate(gate, k, v, cu_seqlens, value_tiles.chunk)
+    return Plan(gate, layout, value_tiles, key_tiles)
+
+
+def empty_states(k: Tensor, v: Tensor, sequences: int) -> Tensor:
+    return v.new_empty(sequences, v.shape[2], k.shape[-1], v.shape[-1], dtype=torch.float32)
