@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from subquad import SubquadCache, SubquadConfig, SubquadForCausalLM
 from subquad.cli import app, main
-from subquad.generate import TextPieces, choose, generate_batch, generate_tokens, load, stream
+from subquad.generate import TextPieces, draw, generate_batch, generate_tokens, load, stream
 from subquad.generate.load import model_folder
 from subquad.models import ByteTokenizer
 from subquad.train import TrainConfig, train
@@ -111,20 +111,18 @@ def test_a_batch_is_its_rows():
         end = whole.index(stop) if stop in whole else len(row)
         assert row == whole[:end] + [stop] * (len(row) - end)
     assert generate_batch(model, prompts, max_new_tokens=0).shape == (3, 0)
-    with pytest.raises(ValueError, match="^ids: got"):
+    with pytest.raises(ValueError, match=r"^ids: got"):
         generate_batch(model, prompts[0], max_new_tokens=1)
 
 
-def test_choose_temperature_and_nucleus():
+def test_draw_temperature_and_nucleus():
     logits = torch.log(torch.tensor([0.1, 0.5, 0.0, 0.4]))
     generator = torch.Generator().manual_seed(0)
 
     def draws(temperature, top_p, count=4000):
-        tokens = [
-            choose(logits, temperature=temperature, top_p=top_p, generator=generator)
-            for _ in range(count)
-        ]
-        return torch.bincount(torch.tensor(tokens), minlength=4) / count
+        rows = logits.expand(count, 4)
+        tokens = draw(rows, temperature=temperature, top_p=top_p, generator=generator)
+        return torch.bincount(tokens, minlength=4) / count
 
     assert draws(0, 1.0, 10)[1] == 1
     assert torch.allclose(draws(1.0, 1.0), torch.tensor([0.1, 0.5, 0.0, 0.4]), atol=0.04)

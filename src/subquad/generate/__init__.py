@@ -9,6 +9,6 @@ for piece in stream(model, tokenizer, "def fibonacci(", max_new_tokens=200, seed
 
 from subquad.generate.decode import TextPieces, generate_batch, generate_tokens, stream
 from subquad.generate.load import load
-from subquad.generate.sample import choose, draw
+from subquad.generate.sample import draw
 
-__all__ = ["TextPieces", "choose", "draw", "generate_batch", "generate_tokens", "load", "stream"]
+__all__ = ["TextPieces", "draw", "generate_batch", "generate_tokens", "load", "stream"]

@@ -25,13 +25,6 @@ def draw(
     return tokens.gather(-1, _race(ordered, generator)[..., None])[..., 0]
 
 
-def choose(
-    logits: Tensor, *, temperature: float, top_p: float, generator: torch.Generator | None
-) -> int:
-    """`draw` from one row, logits [vocabulary], read."""
-    return int(draw(logits, temperature=temperature, top_p=top_p, generator=generator))
-
-
 def _race(weights: Tensor, generator: torch.Generator | None) -> Tensor:
     """An index with probability proportional to its weight: the first of exponential arrivals."""
     return (weights / torch.empty_like(weights).exponential_(generator=generator)).argmax(-1)
