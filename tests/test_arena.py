@@ -241,7 +241,7 @@ def test_a_time_budget_becomes_one_number_of_steps_for_all_rows(config, tmp_path
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"rows": ()}, "rows must name at least one row"),
+        ({"rows": ()}, r"rows: got \[\]; expected at least one row"),
         ({"rows": ("gla", "gla")}, "none twice"),
         ({"parameters": 0}, "parameters must be positive, got 0"),
         ({"steps": -1}, "steps must be positive, got -1"),

@@ -4,6 +4,7 @@ import html
 import json
 import math
 import tracemalloc
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -227,6 +228,8 @@ def test_rows_may_have_options():
     plan = make_plan(TaskArenaConfig(task="parity", rows=(entrant.label, "deltanet")))
     model = TaskModel(tasks.get("parity"), **plan.shapes[entrant.label].model)
     assert model.body.layers[0].mixer.beta_scale == 2.0
+    with pytest.raises(ValueError, match=r"deltanet has no shape .* num_heads: got 'many'"):
+        make_plan(TaskArenaConfig(task="parity", rows=("deltanet:num_heads=many",)))
     with pytest.raises(ValueError, match=r"rows, 'gla:colour=1': got colour; expected one of"):
         TaskArenaConfig(task="parity", rows=("gla:colour=1",))
 
@@ -234,7 +237,7 @@ def test_rows_may_have_options():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"task": "mqa"}, r"name: got 'mqa'"),
+        ({"task": "mqa"}, r"task: got 'mqa'"),
         ({"rows": ("gal",)}, r"rows: got 'gal'; expected one of"),
         ({"rows": ("gla", "gla")}, r"rows: got"),
         ({"rows": ()}, r"rows: got"),
@@ -246,6 +249,9 @@ def test_rows_may_have_options():
         ({"settings": {"solved": 0.5}}, r"solved: got no such setting"),
         ({"parameters": 1000, "hidden_size": 32}, r"hidden_size: got 32, with parameters"),
         ({"preset": "huge"}, r"preset: got 'huge'"),
+        ({"settings": {"name": "parity"}}, r"name: got no such setting"),
+        ({"settings": {"test_sizes": [[8, 4]]}}, r"length: got 8; expected an even number"),
+        ({"task": "hippo", "settings": {"test_lengths": [4]}}, r"band: got 3.0; expected .* 2"),
     ],
 )
 def test_questions_that_make_no_sense_are_refused(given, message):
@@ -296,6 +302,21 @@ def test_a_stopped_arena_goes_on_with_the_row_it_was_at(tmp_path, monkeypatch):
     assert not run_task_arena(TaskArenaConfig(**SMALL), tmp_path / "a").missing
 
 
+def test_an_arena_stopped_while_testing_keeps_what_was_finished(tmp_path, monkeypatch):
+    import subquad.arena.task_run as run
+
+    real = run.score
+
+    def stopped(model, task, batches):
+        if model.body.config.mixer == "softmax_attention":
+            raise KeyboardInterrupt
+        return real(model, task, batches)
+
+    monkeypatch.setattr(run, "score", stopped)
+    half = run_task_arena(TaskArenaConfig(**SMALL), tmp_path / "a")
+    assert [row.label for row in half.rows] == ["gla"] and half.missing == ["softmax_attention"]
+
+
 class Outline(HTMLParser):
     def __init__(self):
         super().__init__()
@@ -323,6 +344,29 @@ def test_the_page_stands_alone_and_the_table_fits_a_terminal(finished, tmp_path)
     assert max(map(len, text.splitlines())) <= 80
     assert "softmax_attention" in text and "length" in text
     assert any("Not solved in 12 steps" in sentence for sentence in findings(results))
+
+
+@pytest.mark.parametrize(
+    ("values", "reach"),
+    [
+        ((1.0, 1.0, 1.0), "solved up to 64 positions; at 64 accuracy 1.000"),
+        ((1.0, 0.5, 1.0), "solved up to 16 positions; at 64 accuracy 1.000"),
+        ((1.0, 1.0, 0.5), "solved up to 32 positions; at 64 accuracy 0.500"),
+    ],
+)
+def test_a_row_reaches_as_far_as_every_test_on_the_way_is_solved(finished, values, reach):
+    results, _ = finished
+    gla = results.rows[0]
+    tests = [replace(test, value=value) for test, value in zip(gla.tests, values)]
+    found = findings(replace(results, rows=[replace(gla, tests=tests)]))
+    assert found[-1] == f"gla: {reach}."
+
+
+def test_a_guess_is_told_in_the_units_of_the_metric(tmp_path):
+    assert tasks.get("parity").guess == 0 and tasks.get("mqar").guess == 1 / 64
+    config = {"task": "parity", "rows": ("gla",), "settings": {"test_lengths": [8]}}
+    results = run_task_arena(TaskArenaConfig(**SMALL | config | {"steps": 1}))
+    assert "A uniform guess has 0." in render_task_html(results)
 
 
 def test_long_labels_are_cut_in_the_middle():
@@ -401,6 +445,10 @@ def test_a_series_ends_where_it_takes_too_long():
     (row,) = run_scaling(config)["rows"]
     assert len(row["in_tokens"]) == len(row["in_width"]) == 1
     assert set(row["exponents"]["T"].values()) == {None}
+    with pytest.raises(
+        ValueError, match=r"rows: got \[\]; expected at least one row and none twice"
+    ):
+        ScalingConfig(rows=())
     with pytest.raises(ValueError, match=r"tokens: got \[8, 4, 2\]; expected three numbers"):
         ScalingConfig(tokens=(8, 4, 2))
 
@@ -417,7 +465,9 @@ def test_the_list_tells_of_every_task():
     assert all(name in text for name in tasks.TASKS)
     listed = json.loads(run("--list-tasks", "--json").output)
     assert [entry["task"] for entry in listed] == list(tasks.TASKS)
-    assert all(entry["measures"] and entry["solved_by"] and entry["from"] for entry in listed)
+    for entry in listed:
+        for told in (entry["measures"], entry["solved_by"], entry["from"]):
+            assert told and told == told.strip()  # else a line was cut off in the source
 
 
 def test_the_command_trains_and_reports(tmp_path):
@@ -434,7 +484,7 @@ def test_the_command_trains_and_reports(tmp_path):
         ("--task mqar --minutes 3", "--minutes: does not go with --task"),
         ("--preset published", "--preset: does not go with the arena on text"),
         ("--task mqar --set colour=red", "colour: got no such setting"),
-        ("--task nothing", "name: got 'nothing'"),
+        ("--task nothing", "task: got 'nothing'"),
         ("--scaling --task mqar", "--task: does not go with --scaling"),
         ("--scaling --set colour=1", "--set colour: got no such field"),
         ("--scaling --set tokens=512", "tokens: got [512]; expected three numbers"),

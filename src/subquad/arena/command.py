@@ -64,7 +64,7 @@ def task_command(out: Path | None, given: dict[str, Any], settings: list[str]) -
         better = "lower" if task.metric == "NMSE" else "higher"
         console.print(
             f"{task.metric} on new sequences, {better} is better, bold: solved; a uniform guess "
-            f"has {task.chance:.3g}; state: bytes kept of one sequence",
+            f"has {task.guess:.3g}; state: bytes kept of one sequence",
             style="dim",
         )
     console.print(f"\n[bold]Report[/bold]  {page}", highlight=False, soft_wrap=True)

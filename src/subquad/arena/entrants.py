@@ -41,6 +41,13 @@ class Entrant:
         return re.sub(r"[^\w.=-]+", "-", self.label)
 
 
+def check_rows(rows: tuple[str, ...]) -> None:
+    """ValueError unless there is a row and none twice."""
+    if not rows or len(set(rows)) != len(rows):
+        expected = "at least one row and none twice"
+        raise fail("rows", list(rows), expected, "for example --rows softmax_attention,mamba2")
+
+
 def _value(text: str) -> Any:
     try:
         return json.loads(text)

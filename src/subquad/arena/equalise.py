@@ -73,8 +73,9 @@ def equal_shape(
     tolerance = TOLERANCE if layers is None else GIVEN_DEPTH_TOLERANCE
     search = _Search(row, parameters, vocab_size, layers, dict(options or {}), tolerance)
     found: list[tuple[float, Shape]] = []
+    refusals: list[ValueError] = []
     for step in _HIDDEN_STEPS:
-        for distance, model in sorted(_candidates(search, step), key=_distance):
+        for distance, model in sorted(_candidates(search, step, refusals), key=_distance):
             shape = count_shape(row, model, vocab_size)
             if abs(shape.parameters - parameters) <= tolerance * parameters:
                 found.append((distance, shape))
@@ -83,9 +84,10 @@ def equal_shape(
             break
     if found:
         return min(found, key=_distance)[1]
+    refused = f". Widths it refused, as: {refusals[-1]}" if refusals else ""
     raise ValueError(
         f"parameters: {row} has no shape within {tolerance:.0%} of {parameters:,} parameters at a "
-        f"vocabulary of {vocab_size}; ask for more parameters, or leave the row out"
+        f"vocabulary of {vocab_size}; ask for more parameters, or leave the row out{refused}"
     )
 
 
@@ -124,8 +126,13 @@ def narrow_options(row: str, hidden_size: int, options: Mapping[str, Any]) -> di
     return {"mixer_options": {row: merged}} if merged else {}
 
 
-def _candidates(search: _Search, step: int) -> Iterator[tuple[float, dict[str, Any]]]:
-    """Shapes that should come near, as (distance from the usual proportions, model keywords)."""
+def _candidates(
+    search: _Search, step: int, refusals: list[ValueError]
+) -> Iterator[tuple[float, dict[str, Any]]]:
+    """Shapes that should come near, as (distance from the usual proportions, model keywords).
+
+    What the mixer says of widths and options that it does not take goes to `refusals`.
+    """
     row, parameters, vocab_size = search.row, search.parameters, search.vocab_size
     mixes_channels = MIXERS[row].has_channel_mixing
     aspect = _ASPECT / 2 if mixes_channels else _ASPECT
@@ -142,7 +149,8 @@ def _candidates(search: _Search, step: int) -> Iterator[tuple[float, dict[str, A
         model |= narrow_options(row, hidden, options)
         try:
             fixed, layer, mlp = _affine_count(model, vocab_size, mixes_channels)
-        except ValueError:  # a hidden size that this mixer cannot divide into its heads
+        except ValueError as refusal:  # a hidden size it cannot divide, or an option
+            refusals.append(refusal)
             continue
         depths = range(1, (parameters - fixed) // layer + 2)
         for depth in depths if search.layers is None else (search.layers,):

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from subquad.arena.entrants import check_rows
+
 DEFAULT_ROWS = ("softmax_attention", "mamba", "mamba2", "gla", "gated_deltanet")
 
 
@@ -41,11 +43,7 @@ class ArenaConfig:
         # JSON has no tuples; a config read back must equal the one written.
         object.__setattr__(self, "rows", tuple(self.rows))
         object.__setattr__(self, "contexts", tuple(sorted(self.contexts)))
-        if not self.rows or len(set(self.rows)) != len(self.rows):
-            raise ValueError(
-                f"rows must name at least one row and none twice, got {list(self.rows)}; "
-                "for example --rows softmax_attention,mamba2"
-            )
+        check_rows(self.rows)
         for name in ("parameters", "seq_len", "batch_size", "lr", "minutes"):
             _require_positive(name, getattr(self, name))
         if self.steps is not None:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subquad.arena.entrants import check_rows
 from subquad.arena.folder import describe_machine
 from subquad.mixers import MIXERS, Mixer
 from subquad.models.device import pick_device
@@ -54,8 +55,10 @@ class ScalingConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for row in self.rows or ():
-            choose("rows", row, tuple(MIXERS))
+        if self.rows is not None:
+            check_rows(self.rows)
+            for row in self.rows:
+                choose("rows", row, tuple(MIXERS))
         for name in ("tokens", "widths"):
             given = getattr(self, name)
             values = tuple(given) if isinstance(given, list | tuple) else (given,)

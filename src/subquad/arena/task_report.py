@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shlex
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def render_task_html(results: TaskArenaResults) -> str:
         task=task,
         metric=task.metric if task.metric == "NMSE" else task.metric.capitalize(),
         lower=task.metric == "NMSE",
-        chance=f"{task.chance:.3g}",
+        guess=f"{task.guess:.3g}",
         parameters=count(plan.parameters) if plan.parameters else None,
         recipe=plan.recipe,
         missing=results.missing,
@@ -136,12 +137,20 @@ def findings(results: TaskArenaResults) -> list[str]:
         if row.label not in solved or len({test.positions for test in run}) < 2:
             continue
         longest = max(run, key=lambda test: test.positions)
-        held = [test.positions for test in run if _is_solved(task, test)]
         sentences.append(
-            f"{row.label}: solved up to {count(max(held))} positions; at {count(longest.positions)}"
-            f" {task.metric} {value_text(longest)}."
+            f"{row.label}: solved up to {count(_reach(task, run))} positions; at "
+            f"{count(longest.positions)} {task.metric} {value_text(longest)}."
         )
     return sentences
+
+
+def _reach(task: Task, run: list[Outcome]) -> int:
+    """The longest test up to which, from the one of training on, every test is solved."""
+    trained = run[0].positions
+    beyond = [test for test in run if test.positions > trained]
+    failed = [test.positions for test in beyond if not _is_solved(task, test)]
+    limit = min(failed, default=math.inf)
+    return max((test.positions for test in beyond if test.positions < limit), default=trained)
 
 
 def task_command_line(config: TaskArenaConfig) -> str:

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from subquad import tasks
-from subquad.arena.entrants import Entrant
+from subquad.arena.entrants import Entrant, check_rows
 from subquad.arena.results import Shape
-from subquad.recurrence.validate import fail
+from subquad.recurrence.validate import choose, fail
 from subquad.tasks import Recipe, Task
 from subquad.tasks.base import check_count, check_flag, check_number
 
@@ -55,10 +55,9 @@ class TaskArenaConfig:
         object.__setattr__(self, "rows", tuple(rows))
         # JSON has no tuples; a config read back must equal the one written.
         object.__setattr__(self, "settings", json.loads(json.dumps(self.settings)))
-        self.build()  # lets the task judge its settings
-        if not self.rows or len(set(self.rows)) != len(self.rows):
-            got = str(list(self.rows))
-            raise fail("rows", got, "at least one row and none twice", "--rows mamba2,gla")
+        choose("task", self.task, tuple(tasks.TASKS))
+        self.build().tests()  # lets the task judge its settings, before anything is trained
+        check_rows(self.rows)
         self.entrants()
         for name in ("parameters", "layers", "hidden_size", "steps", "batch_size", "eval_every"):
             if getattr(self, name) is not None:

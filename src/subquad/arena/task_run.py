@@ -45,8 +45,8 @@ def run_task_arena(
 ) -> TaskArenaResults:
     """Train and test every row of `config`; continue what an earlier call left in `out`.
 
-    Ctrl-C gives up the row in training and returns what is finished; the same call goes on with
-    that row from its beginning.
+    Ctrl-C gives up the row in training or testing and returns what is finished; the same call goes
+    on with that row from its beginning.
 
     Args:
         config: the question.
@@ -67,8 +67,9 @@ def run_task_arena(
     for entrant in config.entrants():
         result = _read_row(out / entrant.folder) if out else None
         if result is None:
-            result = _run_row(entrant, plan, on_event)
-            if result is None:
+            try:
+                result = _run_row(entrant, plan, on_event)
+            except KeyboardInterrupt:  # while testing; in training `train_task` itself stops
                 break
             if out:
                 write_json(out / entrant.folder / "result.json", asdict(result))
@@ -110,10 +111,8 @@ def _shape(entrant: Entrant, recipe: Recipe, vocab_size: int) -> Shape:
     return count_shape(entrant.row, model, vocab_size)
 
 
-def _run_row(
-    entrant: Entrant, plan: TaskPlan, on_event: Callable[[Record], None]
-) -> TaskRowResult | None:
-    """Train and test one row; None if it was stopped on the way."""
+def _run_row(entrant: Entrant, plan: TaskPlan, on_event: Callable[[Record], None]) -> TaskRowResult:
+    """Train and test one row. KeyboardInterrupt if it was stopped on the way."""
     config, shape, task = plan.config, plan.shapes[entrant.label], plan.config.build()
     settings = train_config(config, plan.recipe, shape)
     history: list[Record] = []
@@ -134,7 +133,7 @@ def _run_row(
     except TrainingError as error:  # one row that diverges is a result, too
         failure = str(error)
     if trained is not None and trained.interrupted:
-        return None
+        raise KeyboardInterrupt
     losses = [r for r in history if r["kind"] == "train"]
     values = [r for r in history if r["kind"] == "test"]
     return TaskRowResult(

@@ -41,7 +41,7 @@ _CLASSES: tuple[type[Task], ...] = (
 TASKS: dict[str, type[Task]] = {cls.name: cls for cls in _CLASSES}
 
 
-def get(name: str, *, preset: str = "small", **settings: Any) -> Task:
+def get(name: str, /, *, preset: str = "small", **settings: Any) -> Task:
     """A task by its name.
 
     Args:

@@ -119,6 +119,11 @@ class Task(ABC):
     def chance(self) -> float:
         """The accuracy of a uniform guess among the answers; of a signal, the NMSE of its mean."""
 
+    @property
+    def guess(self) -> float:
+        """The metric of a uniform guess: `chance`, unless the metric is scaled by it."""
+        return 0.0 if self.metric == "scaled accuracy" else self.chance
+
     @abstractmethod
     def draw(self, random: np.random.Generator, batch_size: int, split: str) -> Batch:
         """One batch from this generator: what `sample` does, once its arguments are checked."""

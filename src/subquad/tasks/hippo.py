@@ -64,7 +64,8 @@ class Hippo(Task):
         check_count("length", self.length, least=2)
         check_counts(self, 1, "queries", "waves")
         check_lengths("test_lengths", self.test_lengths)
-        check_number("band", self.band, most=self.length / 2)  # Nyquist
+        shortest = min((self.length, *self.test_lengths))
+        check_number("band", self.band, most=shortest / 2)  # Nyquist, of every test
 
     @property
     def vocab_size(self) -> int:

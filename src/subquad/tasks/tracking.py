@@ -116,8 +116,10 @@ class WordProblem(Task):
 
     name = "s5"
     measures = "track a state that no constant-depth circuit can: products of permutations"
-    solved_by = "lstm and rows with input-dependent, non-diagonal transitions; mamba, s4 and "
-    "attention need more layers the longer it is"
+    solved_by = (
+        "lstm and rows with input-dependent, non-diagonal transitions; mamba, s4 and attention "
+        "need more layers the longer it is"
+    )
     source = "Merrill et al. 2024, arXiv:2404.08819, section 5"
     presets = {
         "small": {},
