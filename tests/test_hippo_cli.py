@@ -82,7 +82,7 @@ def test_files_of_numbers(hippo, tmp_path):
         (["nope.csv"], "No such file"),
         (["--measure", "lagt"], "measure: "),
         (["--method", "rk4"], "method: "),
-        (["--size", 0], "N: "),
+        (["--size", 0], "size: got 0"),
         (["--length", 1], "length: "),
         (["--window", 5], "window: "),
         (["--measure", "legt", "--window", -5], "window: "),

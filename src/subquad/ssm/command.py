@@ -65,6 +65,8 @@ def hippo_command(
         f = signals.read(Path(signal), column)
     if out.suffix.lower() != ".png":
         raise fail("out", repr(str(out)), "a file ending in .png", "--out hippo.png")
+    if size < 1:
+        raise fail("size", size, "at least 1", "--size 64")
     if measure != "legs" and window is None:
         window = max(1, len(f) // 4)
     story = tell(HiPPO(measure, size, window), f, method)
