@@ -32,6 +32,7 @@ def _krylov(A: StateMatrix, X: Tensor, count: int) -> tuple[Tensor, StateMatrix]
     """[X, A X, A^2 X, ...], `count` blocks side by side, and A^count if count is a power of 2."""
     width, power = X.shape[-1], A
     while X.shape[-1] < count * width:
-        X = torch.cat([X.expand(*(power @ X).shape[:-2], *X.shape[-2:]), power @ X], -1)
+        later = power @ X
+        X = torch.cat([X.expand(later.shape), later], -1)
         power = power.square()
     return X[..., : count * width], power

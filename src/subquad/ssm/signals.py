@@ -69,7 +69,7 @@ def read(path: Path, column: str | None = None) -> Tensor:
 def _array(path: Path) -> tuple[list[str], np.ndarray]:
     try:
         array = np.load(path, allow_pickle=False)
-        table = np.asarray(array, dtype=np.float64)
+        table = np.asarray(array.real, dtype=np.float64)
     except (ValueError, TypeError, EOFError):
         fix = "numpy.save of such an array; objects (pickles) are never loaded"
         raise fail("signal", f"{path} without one", "an array of real numbers", fix) from None
