@@ -1,12 +1,15 @@
 """What decoding by CUDA graphs promises where there is none: no change; snapshots are copies."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import torch
 
 from subquad import SubquadConfig, SubquadForCausalLM
 from subquad.models import SubquadCache
+from subquad.models.graph import MOST_IDLE, _Shelf
 from subquad.recurrence.gpu import may_overwrite, overwriting_states
 
 
@@ -52,3 +55,57 @@ def test_states_may_be_overwritten_only_within_and_only_whole():
         assert may_overwrite(state)
         assert not may_overwrite(None) and not may_overwrite(state.transpose(1, 2))
     assert not may_overwrite(state)
+
+
+class Graph:
+    """Stands for a StepGraph: what a shelf asks of one."""
+
+    def __init__(self, model, serves=lambda: True):
+        self.weights = [(weakref.ref(p), p.data_ptr()) for p in model.parameters()]
+        self.asked = serves
+
+    def serves(self, tokens, states):
+        return self.asked()
+
+
+def lend(shelf, model):
+    return shelf.lend(model, torch.zeros(1, 1), [])
+
+
+def test_a_graph_is_lent_to_one_cache_at_a_time_and_comes_back_with_it():
+    model, shelf = torch.nn.Linear(2, 2), _Shelf()
+    graph, other = Graph(model), Graph(model, serves=lambda: False)
+    for each in (other, graph):
+        shelf.put_back(each)
+    lease = lend(shelf, model)
+    assert lease.graph is graph and shelf.idle == [other]
+    del lease
+    gc.collect()
+    assert shelf.idle == [other, graph]
+
+
+def test_a_shelf_keeps_the_latest_graphs_and_none_of_weights_that_were_replaced():
+    model, shelf = torch.nn.Linear(2, 2), _Shelf()
+    graphs = [Graph(torch.nn.Linear(2, 2)), *(Graph(model) for _ in range(MOST_IDLE - 1))]
+    for graph in (Graph(model), *graphs):
+        shelf.put_back(graph)
+    assert shelf.idle == graphs
+    assert lend(shelf, model).graph is graphs[1]
+    assert graphs[0] not in shelf.idle
+
+
+def test_graphs_that_come_back_while_one_is_looked_for_push_it_off_without_harm():
+    """Any line may collect a cache, whose lease then ends in the middle of another's search."""
+    model, shelf = torch.nn.Linear(2, 2), _Shelf()
+    late = [Graph(model) for _ in range(MOST_IDLE)]
+
+    def collected():
+        for graph in late:
+            shelf.put_back(graph)
+        return True
+
+    shelf.put_back(Graph(model, serves=collected))
+    shelf.put_back(Graph(model))
+    # Both that were there at first are gone. Nothing can be captured for tokens on another device.
+    assert shelf.lend(model, torch.zeros(1, 1, device="meta"), []) is None
+    assert shelf.idle == late

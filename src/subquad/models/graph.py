@@ -128,14 +128,27 @@ class Lease:
 
 
 class _Shelf:
-    """A model's graphs that no cache holds."""
+    """A model's graphs that no cache holds.
+
+    Graphs come back whenever a cache is collected, in any thread and in the middle of a capture.
+    There nothing may wait for a lock, so `idle` is only changed in place, by calls that are atomic.
+    """
 
     def __init__(self) -> None:
         self.idle: list[StepGraph] = []
         self.fit = True  # False once a step could not be captured
 
     def put_back(self, graph: StepGraph) -> None:
-        self.idle = [*self.idle, graph][-MOST_IDLE:]
+        self.idle.append(graph)
+        del self.idle[:-MOST_IDLE]
+
+    def take(self, graph: StepGraph) -> bool:
+        """Whether it was still there: others may have come back and pushed it off."""
+        try:
+            self.idle.remove(graph)
+        except ValueError:
+            return False
+        return True
 
     def lend(self, model: Any, tokens: Tensor, states: list[State]) -> Lease | None:
         """A graph that serves, an idle one or a new one; None if the model's step has none."""
@@ -144,10 +157,10 @@ class _Shelf:
 
     def _lend(self, model: Any, tokens: Tensor, states: list[State]) -> Lease | None:
         parameters = {id(p) for p in model.parameters()}
-        self.idle = [g for g in self.idle if {id(w()) for w, _ in g.weights} == parameters]
-        for graph in self.idle:
-            if graph.serves(tokens, states):
-                self.idle.remove(graph)
+        for graph in list(self.idle):
+            if {id(w()) for w, _ in graph.weights} != parameters:
+                self.take(graph)  # of weights that were replaced
+            elif graph.serves(tokens, states) and self.take(graph):
                 return Lease(graph, self)
         if any(p.device != tokens.device for p in model.parameters()):
             return None
@@ -165,9 +178,8 @@ class _Grows(Exception):
     """A state changes its shape with the token."""
 
 
-# One capture at a time, for all share a stream; and no graph for two caches. Threads may replay
-# theirs meanwhile. Reentrant, as a capture collects garbage and so may end leases.
-_LOCK = threading.RLock()
+# One capture at a time, for all share a stream. Threads may replay theirs meanwhile.
+_LOCK = threading.Lock()
 _SHELVES: weakref.WeakKeyDictionary[Any, _Shelf] = weakref.WeakKeyDictionary()
 
 
