@@ -5,7 +5,6 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from subquad.recurrence.token import Token
 from subquad.recurrence.validate import check_cu_seqlens, check_tensor, fail
 
 State = dict[str, Tensor]
@@ -55,18 +54,6 @@ class Mixer(nn.Module, ABC):
         Raises:
             ValueError: naming the argument that does not fit, and how to mend it.
         """
-
-    def record(self, token: Token, x: Tensor, past: State) -> tuple[Tensor, State]:
-        """`forward` for one token that goes on from `past`, in operations of `token`.
-
-        Optional: models decode faster on the CPU with a mixer that has it. It must say what
-        `forward` says, so it counts only where the class that defines `forward` defines it too.
-
-        Args:
-            x: [1,1,hidden_size], not yet computed, like all that `token` returns.
-            past: the state, float32 and contiguous.
-        """
-        raise NotImplementedError
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew, as published.

@@ -11,7 +11,6 @@ from subquad.mixers.norms import RMSNorm, at_least_float32
 from subquad.mixers.projection import project
 from subquad.recurrence import Delta, linear_recurrence
 from subquad.recurrence.norm import l2_norm
-from subquad.recurrence.token import Token
 
 
 class DeltaNet(Mixer):
@@ -79,20 +78,3 @@ class DeltaNet(Mixer):
             "conv": conv,
             "recurrent": recurrent,
         }
-
-    def record(self, token: Token, x: Tensor, past: State) -> tuple[Tensor, State]:
-        B, T, _ = x.shape
-        H, sizes = self.num_heads, (3 * self.hidden_size, self.num_heads)
-        qkv, beta = token.linear(x, self.in_proj.weight).split(sizes, dim=-1)
-        qkv, conv = token.short_convolution(qkv, self.conv.weight, None, past["conv"])
-        qk, v = qkv.split((2 * self.hidden_size, self.hidden_size), dim=-1)
-        q, k = token.l2_norm(qk, self.head_dim).view(B, T, 2 * H, -1).chunk(2, dim=2)
-        o, recurrent = token.linear_recurrence(
-            q,
-            k,
-            v.view(B, T, H, -1),
-            erase=Delta(token.sigmoid(beta, self.beta_scale)),
-            state=past["recurrent"],
-        )
-        y = self.norm.record(token, o).flatten(-2)
-        return token.linear(y, self.o_proj.weight), {"conv": conv, "recurrent": recurrent}

@@ -14,7 +14,6 @@ from subquad.mixers.projection import project
 from subquad.recurrence import Delta, linear_recurrence
 from subquad.recurrence.norm import l2_norm
 from subquad.recurrence.timestep import step_decay
-from subquad.recurrence.token import Token
 from subquad.recurrence.validate import fail
 
 
@@ -118,21 +117,3 @@ class GatedDeltaNet(Mixer):
             "conv": conv,
             "recurrent": recurrent,
         }
-
-    def record(self, token: Token, x: Tensor, past: State) -> tuple[Tensor, State]:
-        B, T, _ = x.shape
-        qkv, gate, b, a = token.linear(x, self.in_proj.weight).split_with_sizes(self.sizes, -1)
-        qkv, conv = token.short_convolution(qkv, self.conv.weight, None, past["conv"])
-        qk, v = qkv.split_with_sizes(self.conv_sizes, -1)
-        qk = token.l2_norm(qk, self.head_dim).view(B, T, -1, self.head_dim)
-        q, k = qk.chunk(2, dim=2)
-        o, recurrent = token.linear_recurrence(
-            q,
-            k,
-            v.view(B, T, self.num_v_heads, -1),
-            log_decay=token.negative_exp(self.A_log, token.softplus(a, self.dt_bias)),
-            erase=Delta(token.sigmoid(b, self.beta_scale)),
-            state=past["recurrent"],
-        )
-        y = self.norm.record(token, o.flatten(-2), gate)
-        return token.linear(y, self.o_proj.weight), {"conv": conv, "recurrent": recurrent}

@@ -11,7 +11,6 @@ from subquad.mixers.init import no_weight_decay
 from subquad.mixers.norms import NormThenGate, at_least_float32
 from subquad.mixers.projection import project
 from subquad.recurrence import linear_recurrence
-from subquad.recurrence.token import Token
 from subquad.recurrence.validate import fail
 
 
@@ -77,18 +76,3 @@ class GLA(Mixer):
             cu_seqlens=cu_seqlens,
         )
         return project(self.o_proj, self.norm(o.flatten(-2), gate)), {"recurrent": recurrent}
-
-    def record(self, token: Token, x: Tensor, past: State) -> tuple[Tensor, State]:
-        B, T, _ = x.shape
-        heads = (B, T, self.num_heads, -1)
-        q, k, v, gate, low = token.linear(x, self.in_proj.weight).split(self.sizes, dim=-1)
-        low = token.linear(low, self.decay_proj.weight, self.decay_proj.bias)
-        o, recurrent = token.linear_recurrence(
-            q.view(heads),
-            k.view(heads),
-            v.view(heads),
-            log_decay=token.logsigmoid(low, 1 / self.gate_temperature).view(heads),
-            state=past["recurrent"],
-        )
-        y = self.norm.record(token, o.flatten(-2), gate)
-        return token.linear(y, self.o_proj.weight), {"recurrent": recurrent}

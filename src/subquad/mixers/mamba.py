@@ -12,7 +12,6 @@ from subquad.mixers.convolution import ShortConvolution
 from subquad.mixers.init import no_weight_decay, set_, set_step_size_
 from subquad.mixers.projection import project
 from subquad.recurrence.diagonal import selective_scan
-from subquad.recurrence.token import Token
 from subquad.recurrence.validate import fail
 
 
@@ -102,13 +101,3 @@ class Mamba(Mixer):
             x, F.softplus(dt), A, B, C, self.D, state=past.get("recurrent"), cu_seqlens=cu_seqlens
         )
         return project(self.out_proj, y * F.silu(z)), {"conv": conv, "recurrent": recurrent}
-
-    def record(self, token: Token, x: Tensor, past: State) -> tuple[Tensor, State]:
-        x, z = token.linear(x, self.in_proj.weight, self.in_proj.bias).chunk(2, dim=-1)
-        x, conv = token.short_convolution(x, self.conv.weight, self.conv.bias, past["conv"])
-        r, B, C = token.linear(x, self.x_proj.weight).split_with_sizes(self.sizes, -1)
-        dt = token.softplus(token.linear(r, self.dt_proj.weight), self.dt_bias)
-        A = token.negative_exp(self.A_log)
-        y, recurrent = token.selective_scan(x, dt, A, B, C, self.D, past["recurrent"])
-        y = token.linear(token.silu_gate(y, z), self.out_proj.weight, self.out_proj.bias)
-        return y, {"conv": conv, "recurrent": recurrent}

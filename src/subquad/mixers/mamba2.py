@@ -14,7 +14,6 @@ from subquad.mixers.projection import project
 from subquad.recurrence import linear_recurrence
 from subquad.recurrence.skip import add_skip
 from subquad.recurrence.timestep import discretize
-from subquad.recurrence.token import Token
 
 
 class Mamba2(Mixer):
@@ -112,23 +111,3 @@ class Mamba2(Mixer):
         )
         y = self.norm(add_skip(y, x, self.D).flatten(-2), z)
         return project(self.out_proj, y), {"conv": conv, "recurrent": recurrent}
-
-    def record(self, token: Token, x: Tensor, past: State) -> tuple[Tensor, State]:
-        B, T, _ = x.shape
-        zxdt = token.linear(x, self.in_proj.weight, self.in_proj.bias)
-        z, xBC, dt = zxdt.split_with_sizes(self.sizes, -1)
-        xBC, conv = token.short_convolution(xBC, self.conv.weight, self.conv.bias, past["conv"])
-        x, k, q = xBC.split_with_sizes(self.conv_sizes, -1)
-        x = x.view(B, T, self.num_heads, self.head_dim)
-        dt = token.softplus(dt, self.dt_bias)
-        y, recurrent = token.linear_recurrence(
-            q.view(B, T, -1, self.state_size),
-            k.view(B, T, -1, self.state_size),
-            token.scaled(x, dt),
-            log_decay=token.negative_exp(self.A_log, dt),
-            scale=1.0,
-            state=past["recurrent"],
-        )
-        y = self.norm.record(token, token.scaled(x, self.D, y).flatten(-2), z)
-        y = token.linear(y, self.out_proj.weight, self.out_proj.bias)
-        return y, {"conv": conv, "recurrent": recurrent}

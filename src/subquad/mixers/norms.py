@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from subquad.recurrence.norm import gated_rms_norm, rms_norm
-from subquad.recurrence.token import Token
 
 
 class RMSNorm(nn.RMSNorm):
@@ -21,9 +20,6 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] -> [..., D]."""
         return rms_norm(x, self.size, self.weight.to(x.dtype), self.eps)  # type: ignore[arg-type]
-
-    def record(self, token: Token, x: Tensor) -> Tensor:
-        return token.rms_norm(x, self.size, self.weight, self.eps)  # type: ignore[arg-type]
 
 
 class NormThenGate(nn.Module):
@@ -50,10 +46,6 @@ class NormThenGate(nn.Module):
         weight = None if self.weight is None else self.weight.to(x.dtype)
         return gated_rms_norm(x, gate, self.head_dim, weight, self.eps, gate_first=False)
 
-    def record(self, token: Token, x: Tensor, gate: Tensor) -> Tensor:
-        eps, size = self.eps, self.head_dim
-        return token.gated_rms_norm(x, gate, size, self.weight, eps, gate_first=False)
-
 
 class GateThenNorm(nn.Module):
     """y = RMSNorm(x * silu(gate)) * weight, in `groups` separate norms (Mamba-2).
@@ -77,10 +69,6 @@ class GateThenNorm(nn.Module):
         """x, gate [..., size] -> [..., size]."""
         weight = self.weight.to(x.dtype)
         return gated_rms_norm(x, gate, self.group_size, weight, self.eps, gate_first=True)
-
-    def record(self, token: Token, x: Tensor, gate: Tensor) -> Tensor:
-        eps, size = self.eps, self.group_size
-        return token.gated_rms_norm(x, gate, size, self.weight, eps, gate_first=True)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

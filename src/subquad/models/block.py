@@ -12,7 +12,6 @@ from subquad.mixers.init import no_weight_decay
 from subquad.mixers.norms import RMSNorm
 from subquad.mixers.projection import project
 from subquad.models.config import SubquadConfig
-from subquad.recurrence.token import Token
 
 
 class SwiGLU(nn.Module):
@@ -26,10 +25,6 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return project(self.down, F.silu(project(self.gate, x)) * project(self.up, x))
-
-    def record(self, token: Token, x: Tensor) -> Tensor:
-        gate, up = token.linear(x, self.gate.weight), token.linear(x, self.up.weight)
-        return token.linear(token.silu_gate(up, gate), self.down.weight)
 
 
 class Block(GradientCheckpointingLayer):
@@ -60,14 +55,6 @@ class Block(GradientCheckpointingLayer):
         x = x + mixed
         if self.mlp is not None and self.mlp_norm is not None:
             x = x + self.mlp(normed(self.mlp_norm, x))
-        return x, state
-
-    def record(self, token: Token, x: Tensor, past: State) -> tuple[Tensor, State]:
-        """`forward` for one token, in operations of `token`."""
-        mixed, state = self.mixer.record(token, self.mixer_norm.record(token, x), past)
-        x = token.add(x, mixed)
-        if self.mlp is not None and self.mlp_norm is not None:
-            x = token.add(x, self.mlp.record(token, self.mlp_norm.record(token, x)))
         return x, state
 
 

@@ -1,4 +1,4 @@
-"""Decoding on the CPU: all blocks that can be recorded run in one call for each token."""
+"""Decoding on the CPU: all blocks that can be traced run in one call for each token."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from subquad.mixers.base import Mixer, State
 from subquad.mixers.convolution import ShortConvolution
 from subquad.mixers.norms import GateThenNorm, NormThenGate, RMSNorm
 from subquad.models.block import Block, SwiGLU, normed
-from subquad.recurrence.token import Token
+from subquad.recurrence.trace import Trace, Untraceable
 
 _KNOWN = {Block, SwiGLU, RMSNorm, NormThenGate, GateThenNorm, ShortConvolution, nn.Linear}
 
@@ -24,16 +24,16 @@ _KNOWN = {Block, SwiGLU, RMSNorm, NormThenGate, GateThenNorm, ShortConvolution, 
 class Decoder:
     """Runs a stack of blocks for one token of one sequence.
 
-    A recording knows the addresses of weights, and modules only as we made them. So before each
-    token the modules are looked over: whoever replaces a projection (PEFT, quantisation), hooks a
-    module, moves or reloads weights gets another recording, or none for that block, which is then
-    called like any module.
+    A trace knows the addresses of weights, and modules only as they were. So before each token
+    they are looked over: whoever replaces a projection (PEFT, quantisation), hooks a module, moves
+    or reloads weights or changes a setting gets another trace, or none for that block, which is
+    then called like any module.
     """
 
     def __init__(self) -> None:
         self._look: _Look | None = None
         self._pieces: list[_Piece] = []
-        self._lock = threading.Lock()  # a recording has room for one token
+        self._lock = threading.Lock()  # a trace has room for one token
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return Decoder, ()  # the weights of a copy lie elsewhere
@@ -49,8 +49,8 @@ class Decoder:
             return None
         try:
             if self._look is None or self._look.changed(blocks, norm):
-                self._look = _Look(blocks, norm)
                 self._pieces = list(_pieces(blocks, norm, known))
+                self._look = _Look(self._pieces, blocks, norm)
             states: list[State] = []
             for piece in self._pieces:
                 x, new = piece.run(x, known[len(states) : len(states) + len(piece.blocks)])
@@ -62,20 +62,20 @@ class Decoder:
 
 @dataclass
 class _Piece:
-    """Blocks in a row, perhaps none, the norm if they end the stack, and their token if there is
-    one that says what they do."""
+    """Blocks in a row, perhaps none, the norm if they end the stack, and their trace if there is
+    one."""
 
     blocks: list[Block]
     norm: RMSNorm | None
-    token: Token | None
+    trace: Trace | None
     names: list[tuple[str, ...]]  # of each block's state
 
     def run(self, x: Tensor, past: list[State]) -> tuple[Tensor, list[State]]:
         """All in order: x and the states of the blocks."""
         outputs = None
-        if self.token is not None and not _has_any_global_hook():
+        if self.trace is not None and not _has_any_global_hook():
             inputs = [state[name] for names, state in zip(self.names, past) for name in names]
-            outputs = self.token.run([x, *inputs])
+            outputs = self.trace.run([x, *inputs])
         if outputs is not None:
             tensors = iter(outputs[1:])
             return outputs[0], [dict(zip(names, tensors)) for names in self.names]
@@ -87,48 +87,50 @@ class _Piece:
 
 
 def _pieces(blocks: nn.ModuleList, norm: RMSNorm, past: list[State]) -> Iterator[_Piece]:
-    """Blocks that can be recorded and blocks that cannot, in turn, and the norm."""
+    """Blocks that can be traced and blocks that cannot, in turn, and the norm."""
     stages: list[tuple[nn.Module, State]] = [*zip(blocks, past), (norm, {})]
-    for can, group in groupby(stages, lambda stage: _is_recordable(*stage)):
+    for can, group in groupby(stages, lambda stage: _can_trace(*stage)):
         modules, states = map(list, zip(*group))
         ending = modules.pop() if modules[-1] is norm else None
         names = [tuple(state) for state in states[: len(modules)]]
-        token = _record(modules, ending, states) if can and modules else None
-        yield _Piece(modules, ending, token, names)
+        trace = _trace(modules, ending, states) if can and modules else None
+        yield _Piece(modules, ending, trace, names)
 
 
-def _record(blocks: list[Block], norm: RMSNorm | None, past: list[State]) -> Token:
-    """One token through the blocks, from states like these, and through the norm."""
-    token = Token()
-    x = y = torch.empty(1, 1, blocks[0].mixer_norm.size)
-    before: list[Tensor] = []
-    after: list[Tensor] = []
-    for block, state in zip(blocks, past):
-        old = {name: torch.empty(t.shape) for name, t in state.items()}
-        y, new = block.record(token, y, old)
-        before += old.values()
-        after += [new[name] for name in state]
-    y = y if norm is None else norm.record(token, y)
-    token.finish([x, *before], [y, *after])
-    return token
+def _trace(blocks: list[Block], norm: RMSNorm | None, past: list[State]) -> Trace | None:
+    """One token through the blocks, from states like these, and the norm; None if it cannot be."""
+    names = [tuple(state) for state in past[: len(blocks)]]
+
+    def stack(tensors: Sequence[Tensor]) -> list[Tensor]:
+        x, rest = tensors[0], iter(tensors[1:])
+        after = []
+        for block, own in zip(blocks, names):
+            x, state = block(x, {name: next(rest) for name in own})
+            after += [state[name] for name in own]
+        return [x if norm is None else normed(norm, x), *after]
+
+    before = [state[name] for state, own in zip(past, names) for name in own]
+    attributes = [vars(m).values() for block in blocks for m in block.modules()]
+    kept = list(chain.from_iterable(attributes))
+    try:
+        trace = Trace(stack, [torch.empty(1, 1, blocks[0].mixer_norm.size), *before])
+    except Untraceable:
+        return None
+    # Who changes itself when called (a counter) must be called.
+    return None if any(map(is_not, kept, chain.from_iterable(attributes))) else trace
 
 
-def _is_recordable(module: nn.Module, state: State) -> bool:
-    """Whether all in it is as we made it, and plain float32, and its mixer has a `record`."""
+def _can_trace(module: nn.Module, state: State) -> bool:
+    """Whether all in it is as we made it, plain float32, and does what a trace knows."""
     inside = list(module.modules())
     tensors = [*module.parameters(), *state.values()]
     return (
-        all(type(m) in _KNOWN or (isinstance(m, Mixer) and says_a_token(m)) for m in inside)
+        all(type(m) in _KNOWN or isinstance(m, Mixer) for m in inside)
         and not any(map(_is_watched, inside))
         and all(type(p) is nn.Parameter for p in module.parameters())
         and all(t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors)
+        and (not isinstance(module, Block) or _trace([module], None, [state]) is not None)
     )
-
-
-def says_a_token(mixer: Mixer) -> bool:
-    """Whether it has a `record` that belongs to the `forward` that it has."""
-    owner = next(cls for cls in type(mixer).__mro__ if "forward" in vars(cls))
-    return "record" in vars(owner)
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -143,14 +145,16 @@ class _Look:
     Everything is looked at with every token, so it is laid out flat once, for quick passes.
     """
 
-    def __init__(self, *roots: nn.Module) -> None:
+    def __init__(self, pieces: Sequence[_Piece], *roots: nn.Module) -> None:
         self._roots = roots
-        self._modules = [m for root in roots for m in root.modules()]
         self._parameters = [p for root in roots for p in root.parameters()]
-        owns = [vars(m) for m in self._modules]
+        owns = [vars(m) for root in roots for m in root.modules()]
         # Views, not copies: they show what is there at each look.
-        groups = (own[name] for own in owns for name in ("_modules", "_parameters"))
-        self._members = [group.values() for group in groups if group]
+        members = [own[name].values() for own in owns for name in ("_modules", "_parameters")]
+        traced = [block for piece in pieces if piece.trace is not None for block in piece.blocks]
+        settings = [vars(m).values() for block in traced for m in block.modules()]
+        self._values = [*members, *settings]
+        self._kept = list(chain.from_iterable(self._values))  # so that no other gets their identity
         hooks = ("_forward_hooks", "_forward_pre_hooks")
         self._sizes = [*owns, *(own[name] for own in owns for name in hooks)]
         self._seen = self._see()
@@ -164,7 +168,7 @@ class _Look:
         A `forward` of a module's own is an entry more in its dictionary.
         """
         return (
-            list(map(id, chain.from_iterable(self._members))),
+            list(map(id, chain.from_iterable(self._values))),
             list(map(len, self._sizes)),
             list(map(Tensor.data_ptr, self._parameters)),
             list(map(_DTYPE, self._parameters)),

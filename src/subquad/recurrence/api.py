@@ -13,6 +13,7 @@ from subquad.recurrence import compiled, forms, reference
 from subquad.recurrence.eager import can_call_compiled_code
 from subquad.recurrence.explanation import Explanation, tell, watched
 from subquad.recurrence.gpu import can_call_kernels, may_overwrite, records_gradient
+from subquad.recurrence.overrides import overridable
 from subquad.recurrence.reference import Delta, Erase, LowRank
 from subquad.recurrence.spec import FORMS, Recurrence
 from subquad.recurrence.validate import (
@@ -28,6 +29,7 @@ _NUMBERS = (int, float)  # not a union: torch.compile before 2.7 cannot see thro
 CHUNK = 64  # on the CPU neither 32 nor 128 is better for all decays, at heads of 64 to 384
 
 
+@overridable
 def linear_recurrence(
     q: Tensor,
     k: Tensor,

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from subquad.recurrence.eager import can_call_compiled_code
 from subquad.recurrence.gpu import can_call_kernels, may_overwrite, records_gradient
+from subquad.recurrence.overrides import overridable
 from subquad.recurrence.validate import check_cu_seqlens, check_shape, check_tensor, choose, fail
 
 
+@overridable
 def short_convolution(
     x: Tensor,
     weight: Tensor,

@@ -15,6 +15,7 @@ from torch import Tensor
 from subquad.recurrence import scan
 from subquad.recurrence.eager import can_call_compiled_code
 from subquad.recurrence.explanation import Explanation, tell, watched
+from subquad.recurrence.overrides import overridable
 from subquad.recurrence.spec import Recurrence
 from subquad.recurrence.validate import check_cu_seqlens, check_shape, check_tensor, choose, fail
 
@@ -23,6 +24,7 @@ FORMS = {"recurrent": ("numba", "reference"), "scan": ("torch",)}
 IMPLS = ("reference", "torch", "numba")
 
 
+@overridable
 def selective_scan(
     x: Tensor,
     dt: Tensor,

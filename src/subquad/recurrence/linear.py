@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subquad.recurrence.eager import can_call_compiled_code
+from subquad.recurrence.overrides import overridable
 
 _WORTH = 1 << 16  # weights: for fewer, PyTorch is as fast
 
 
+@overridable
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias, as `torch.nn.functional.linear`.
 

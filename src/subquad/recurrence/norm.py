@@ -13,8 +13,10 @@ from torch import Tensor
 
 from subquad.recurrence.eager import can_call_compiled_code
 from subquad.recurrence.gpu import can_call_kernels
+from subquad.recurrence.overrides import overridable
 
 
+@overridable
 def rms_norm(x: Tensor, size: int, weight: Tensor | None, eps: float) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * weight, the mean over each `size` numbers of x's last axis.
 
@@ -36,6 +38,7 @@ def rms_norm(x: Tensor, size: int, weight: Tensor | None, eps: float) -> Tensor:
     return _plain(x, size, weight, eps)
 
 
+@overridable
 def gated_rms_norm(
     x: Tensor, gate: Tensor, size: int, weight: Tensor | None, eps: float, *, gate_first: bool
 ) -> Tensor:
@@ -56,6 +59,7 @@ def gated_rms_norm(
     return _plain(x, size, weight, eps) * F.silu(gate)
 
 
+@overridable
 def l2_norm(x: Tensor, size: int, eps: float = 1e-6) -> Tensor:
     """x / sqrt(|x|^2 + eps) over each `size` numbers: what keeps a delta rule's keys at norm 1.
 

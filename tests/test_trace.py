@@ -1,0 +1,162 @@
+"""Traces: the operations they know equal PyTorch's, and what they do not know is refused."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import subquad
+from subquad import SubquadConfig, SubquadForCausalLM
+from subquad.mixers import MIXERS
+from subquad.mixers.base import Mixer
+from subquad.recurrence.trace import Trace, Untraceable
+
+X = torch.cat([torch.randn(1, 2, 34), 30 * torch.randn(1, 2, 6)], -1)  # large ones among them
+Z = torch.randn(1, 2, 40)
+BIAS = nn.Parameter(torch.randn(40))
+
+OPERATIONS = {
+    "exp": lambda x, z: x.exp() + torch.exp(z),
+    "exp at its ends": lambda x, z: torch.cat([(x * 100).exp(), (-(x * x) * 9 - 80).exp()]),
+    "sigmoid": lambda x, z: x.sigmoid() + torch.sigmoid(z),
+    "silu": lambda x, z: F.silu(x),
+    "softplus": lambda x, z: F.softplus(x),
+    "logsigmoid": lambda x, z: F.logsigmoid(x),
+    "elu": lambda x, z: F.elu(x) + 1,
+    "relu": lambda x, z: F.relu(x) + z.relu(),
+    "gelu": lambda x, z: F.gelu(x),
+    "glu": lambda x, z: F.glu(x),
+    "neg": lambda x, z: -x + torch.neg(z),
+    "numbers": lambda x, z: 2 - (3 * x + 1) / 7 - 0.5 + z * 2,
+    "add sub mul div": lambda x, z: (x + z) * (x - z) / (z * z + 1),
+    "broadcast": lambda x, z: x * z[..., :1] + BIAS * z[:, :1] - BIAS,
+    "addcmul": lambda x, z: torch.addcmul(x, z, BIAS, value=0.5),
+    "views": lambda x, z: x.view(1, 2, 8, 5).transpose(2, 3).flatten(1) + z.reshape(1, 80),
+    "pieces": lambda x, z: x.split((30, 10), -1)[0][..., ::2] * z.chunk(2, -1)[1][..., :15],
+    "pad": lambda x, z: F.pad(x, (1, 2), value=3.0) + F.pad(z, (0, 3, 0, 0)),
+    "cat": lambda x, z: torch.cat((x * 2, z), -1),
+    "stack": lambda x, z: torch.stack((x[..., 0::2] * 2, z[..., 1::2]), -1).flatten(-2),
+    "casts that change nothing": lambda x, z: x.float().to(z.dtype) + 1,
+    "constants": lambda x, z: x * torch.arange(40.0) + torch.linspace(0, 1, 40),
+    "an input": lambda x, z: x,
+    "a part of an input": lambda x, z: z[..., 3:9],
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_are_pytorchs(name):
+    operation = OPERATIONS[name]
+    trace = Trace(lambda t: [operation(*t)], [X, Z])
+    for scale in (1.0, -0.5):  # other numbers than it was traced with
+        x, z = scale * X, Z + scale
+        [got] = trace.run([x, z])
+        want = operation(x, z).detach()
+        assert got.shape == want.shape
+        torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-6)
+
+
+def test_special_numbers_keep_their_meaning():
+    x = torch.tensor([[[float("nan"), float("inf"), -float("inf"), 0.0, -200.0, 200.0]]])
+    for operation in (torch.exp, torch.sigmoid, F.softplus, F.relu, F.elu):
+        [got] = Trace(lambda t, f=operation: [f(t[0])], [x]).run([x])
+        np.testing.assert_allclose(got, operation(x), rtol=2e-6, atol=1e-30)
+
+
+def test_outputs_never_share_memory():
+    def twice(tensors):
+        y = tensors[0] + 1
+        return [y, y, y[..., :3], tensors[0]]
+
+    outputs = Trace(twice, [X]).run([X])
+    for got, want in zip(outputs, (X + 1, X + 1, (X + 1)[..., :3], X)):
+        assert torch.equal(got, want)
+    assert len({y.data_ptr() for y in (*outputs, X)}) == 5
+
+
+REFUSED = {
+    "sin": lambda x: x.sin(),
+    "a value": lambda x: x if x.sum() > 0 else -x,
+    "a number": lambda x: x * x[0, 0, 0].item(),
+    "in place": lambda x: (x + 1).mul_(2),
+    "written to": lambda x: x.index_fill(-1, torch.tensor([0]), 1.0),
+    "random": lambda x: x + torch.randn(40),
+    "dropout": lambda x: F.dropout(x),
+    "half": lambda x: x.half().float(),
+    "integers": lambda x: x + torch.arange(40),
+    "other softplus": lambda x: F.softplus(x, beta=2.0),
+    "numpy": lambda x: x + torch.from_numpy(x.numpy() * 2),
+    "list": lambda x: x + sum(x.flatten().tolist()),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_unknown_is_refused(name):
+    with pytest.raises(Untraceable):
+        Trace(lambda t: [REFUSED[name](t[0])], [X])
+
+
+class Leaky(Mixer):
+    """h_t = sigmoid(a) h_{t-1} + W x_t: a row as a user writes it."""
+
+    row = "leaky"
+    state_names = ("h",)
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__(hidden_size)
+        self.W = nn.Linear(hidden_size, hidden_size)
+        self.a = nn.Parameter(torch.zeros(hidden_size))
+        self.calls = 0
+        self.reset_parameters()
+
+    def forward(self, x, state=None, *, cu_seqlens=None):
+        past = self.check_inputs(x, state, cu_seqlens)
+        h = past["h"] if past else x.new_zeros(x.shape[0], self.hidden_size)
+        outputs = []
+        for x_t in self.W(x).unbind(1):
+            h = self.a.sigmoid() * h + x_t
+            outputs.append(h)
+        return torch.stack(outputs, 1), {"h": h}
+
+
+class Counting(Leaky):
+    def forward(self, x, state=None, *, cu_seqlens=None):
+        self.calls += 1
+        return super().forward(x, state, cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize("kind", [Leaky, Counting])
+def test_a_users_row_is_traced_unless_it_changes_itself(kind, monkeypatch):
+    monkeypatch.setitem(MIXERS, "leaky", kind)
+    config = SubquadConfig(vocab_size=50, hidden_size=32, layers=["leaky", "gla"])
+    model = SubquadForCausalLM(config).eval()
+    ids = torch.randint(0, 50, (1, 12))
+    with torch.no_grad():
+        want = model(ids).logits[:, 4:]
+        cache = model(ids[:, :4]).past_key_values
+        steps = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(4, 12)]
+    torch.testing.assert_close(torch.cat(steps, 1), want, rtol=1e-4, atol=1e-5)
+    pieces = model.model.decoder._pieces
+    traced = [piece.trace is not None for piece in pieces]
+    assert traced == ([True] if kind is Leaky else [False, True])
+    if kind is Counting:
+        assert model.model.layers[0].mixer.calls >= 10
+
+
+def test_engines_show_themselves_to_torch_function():
+    """One call of an engine, not what it does within."""
+    seen = []
+
+    class Watcher(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    q = torch.randn(1, 5, 2, 4)
+    want = subquad.linear_recurrence(q, q, q)
+    with Watcher():
+        got = subquad.linear_recurrence(q, q, q)
+    assert seen == [subquad.linear_recurrence]
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    with torch.device("cpu"):  # a mode of torch's own
+        assert torch.equal(subquad.linear_recurrence(q, q, q)[0], want[0])
