@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from subquad.recurrence import Delta, explain, linear_recurrence
 from test_recurrence import assert_equal, leaves, make, run
@@ -189,3 +190,113 @@ def test_products(L):
             c = np.empty((M, M), np.float32)
             product.lower_product(a, b, c)
             np.testing.assert_allclose(np.tril(c), np.tril(a @ b), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("broken", ["k", "v"])
+@pytest.mark.parametrize("erase", [None, "delta"])
+def test_a_broken_sequence_breaks_no_other(erase, broken, bad):
+    """NaN and infinities spread into what matrices are padded with, but not to who comes next."""
+    call = single(make("BTH", erase, B=1, T=200, Hk=1, packed=[0, 40, 104, 200]))
+
+    def computed(x):
+        inputs = {
+            n: call[n].clone().requires_grad_() for n in ("q", "k", "v", "log_decay", "state")
+        }
+        inputs[broken] = x.clone().requires_grad_()
+        o, final = linear_recurrence(**(call | inputs), impl="numba")
+        dq, dk, dv, dg, dstate = torch.autograd.grad(o.sum() + final.sum(), list(inputs.values()))
+        return *(y[:, 40:] for y in (o, dq, dk, dv, dg)), final[1:], dstate[1:]
+
+    sick = call[broken].clone()
+    sick[:, 10:20] = bad
+    for got, want in zip(computed(sick), computed(call[broken])):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("erase", [None, "delta"])
+def test_one_tensor_for_several(erase):
+    """Queries that are the keys, values that every head shares, only the state's gradient asked."""
+    call = single(make("H", erase, T=70, K=5, V=7))
+    keys, values = call["k"].requires_grad_(), call["v"][:, :, :1].clone().requires_grad_()
+    state = call["state"].requires_grad_()
+
+    def gradients(asked, **how):
+        shared = call | {"q": keys, "v": values.expand_as(call["v"])}
+        o, final = linear_recurrence(**shared, **how)
+        return torch.autograd.grad(o.square().sum() + final.sum(), asked)
+
+    for asked in ((keys, values, state), (state,)):
+        for got, want in zip(gradients(asked), gradients(asked, impl="torch")):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_boundaries_are_checked_where_compilation_cannot():
+    """Compiled code would write wherever they say."""
+    call = single(make("BTH", "delta", B=1, T=100, packed=[0, 40, 100]))
+    compiled = torch.compile(linear_recurrence, fullgraph=True, backend="aot_eager")
+    compiled(**call)
+    for wrong in ([0, 40, 100_000_000], [0, -40, 100], [0, 100, 100], [20, 40, 100]):
+        with pytest.raises(ValueError, match=r"cu_seqlens: got .*expected .*T = 100"):
+            compiled(**(call | {"cu_seqlens": torch.tensor(wrong, dtype=torch.int32)}))
+
+
+def test_compiled_once_for_every_length():
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(linear_recurrence, fullgraph=True, backend=counter, dynamic=True)
+    for T in (70, 100, 131, 200):
+        compiled(**single(make("BTH", "delta", T=T)))
+    assert counter.frame_count == 1
+
+
+def test_transforms_within_compilation():
+    """Those see every operation too: a forward derivative must not come out as zeros."""
+    call = single(make("BTH", "delta", T=20))
+    f = lambda v: linear_recurrence(**(call | {"v": v}))[0]  # noqa: E731
+    v, direction = call["v"], torch.randn_like(call["v"])
+    transformed = (
+        lambda v: torch.func.jvp(f, (v,), (direction,))[1],
+        torch.func.grad(lambda v: f(v).square().sum()),
+        lambda v: torch.vmap(f)(torch.stack((v, direction)))[1],
+    )
+    for function in transformed:
+        torch._dynamo.reset()
+        want = function(v)
+        assert want.abs().max() > 0.1
+        torch.testing.assert_close(torch.compile(function, backend="aot_eager")(v), want)
+
+
+def test_no_wrong_second_derivatives():
+    from subquad.recurrence.compiled import _chunked
+
+    call = single(make("BTH", "delta", T=70))
+    q = call["q"].requires_grad_()
+    o, _ = linear_recurrence(**call)
+    (first,) = torch.autograd.grad(o.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="chunked_backward"):
+        torch.autograd.grad(first.sum(), q)
+    arguments = (call["k"], call["v"], call["log_decay"], None, 1.0, call["state"], None)
+    o, _, _ = _chunked(q, *arguments, 0)  # no states kept for the backward pass
+    with pytest.raises(RuntimeError, match=r"^starts: got 0; expected 4"):
+        o.sum().backward()
+
+
+def test_checkpoints_and_autocast():
+    call = single(make("BTH", "delta", T=70))
+    q, k, v = (call[n].bfloat16().float().requires_grad_() for n in "qkv")
+
+    def computed(q, k, v):
+        return linear_recurrence(**(call | {"q": q, "k": k, "v": v}))[0]
+
+    want = torch.autograd.grad(computed(q, k, v).sum(), (q, k, v))
+    for reentrant in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            o = torch.utils.checkpoint.checkpoint(computed, q, k, v, use_reentrant=reentrant)
+        assert o.dtype == torch.float32
+        o.sum().backward()
+        for x, w in zip((q, k, v), want):
+            assert torch.equal(x.grad, w)
+            x.grad = None

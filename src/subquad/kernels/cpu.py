@@ -126,10 +126,20 @@ def evenly_spaced(x: Tensor) -> tuple[Tensor, int]:
 
 
 def sequence_bounds(batch: int, T: int, cu_seqlens: Tensor | None) -> np.ndarray:
-    """Where the sequences lie in the flattened rows, [N+1] int64: packed, or the batch's rows."""
+    """Where the sequences lie in the flattened rows, [N+1] int64: packed, or the batch's rows.
+
+    Checked here once more: `torch.compile` cannot look at values while it traces, and compiled
+    code would write wherever they say.
+    """
     if cu_seqlens is None:
         return np.arange(batch + 1, dtype=np.int64) * T
-    return cu_seqlens.to(torch.int64).contiguous().numpy()
+    bounds = cu_seqlens.to(torch.int64).contiguous().numpy()
+    if bounds[0] != 0 or bounds[-1] != T or (np.diff(bounds) <= 0).any():
+        raise ValueError(
+            f"cu_seqlens: got {bounds[:12].tolist()}; expected strictly increasing boundaries from "
+            f"0 to T = {T}. Fix: start at 0, end at the number of tokens, drop empty sequences."
+        )
+    return bounds
 
 
 _pool: ThreadPoolExecutor | None = None
@@ -216,5 +226,7 @@ def _flushing(share: Callable[[], None]) -> None:
     """Call it with denormal numbers flushed, and leave the thread, which is torch's, as it was."""
     was = bool(SMALLEST * np.float32(0.5) == 0)
     torch.set_flush_denormal(True)
-    share()
-    torch.set_flush_denormal(was)
+    try:
+        share()
+    finally:  # Ctrl-C may come between its lines
+        torch.set_flush_denormal(was)

@@ -210,7 +210,7 @@ def _plan(
     if impl == "numba" or (impl == "auto" and (form == "chunked" or (form == "auto" and T > 1))):
         reason = compiled.why_not(q, v, log_decay, erase, bonus)
         if reason is None and form in ("auto", "chunked"):
-            why = f"{T} tokens: compiled code walks over the chunks, their state in cache"
+            why = "compiled code walks over the chunks, their state in cache"
             return _Plan("chunked", "numba", compiled.CHUNK, why)
         if impl == "numba":
             got = f"'numba' with form={form!r}, T = {T}, {q.dtype} on {q.device}"

@@ -32,9 +32,10 @@ def is_plain(tensors: Iterable[Tensor]) -> bool:
 
 
 def can_call_operators() -> bool:
-    """Outside forward differentiation and vmap, of which our custom operators know nothing."""
-    if torch.compiler.is_compiling():
-        return True
+    """Outside forward differentiation and vmap, of which our custom operators know nothing.
+
+    `torch.compile` sees through both questions, and traces transforms that it finds inside.
+    """
     return forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active()
 
 
