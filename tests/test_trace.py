@@ -10,7 +10,9 @@ import subquad
 from subquad import SubquadConfig, SubquadForCausalLM
 from subquad.mixers import MIXERS
 from subquad.mixers.base import Mixer
-from subquad.recurrence.trace import Trace, Untraceable
+from subquad.recurrence import selective_scan
+from subquad.recurrence.operations import Untraceable
+from subquad.recurrence.trace import Trace
 
 X = torch.cat([torch.randn(1, 2, 34), 30 * torch.randn(1, 2, 6)], -1)  # large ones among them
 Z = torch.randn(1, 2, 40)
@@ -72,6 +74,37 @@ def test_outputs_never_share_memory():
     for got, want in zip(outputs, (X + 1, X + 1, (X + 1)[..., :3], X)):
         assert torch.equal(got, want)
     assert len({y.data_ptr() for y in (*outputs, X)}) == 5
+
+
+def draw(*shape):
+    return torch.randn(*shape)
+
+
+LOW_RANK = subquad.LowRank(draw(1, 1, 4, 8) / 8, draw(1, 1, 4, 8) / 8)
+QKV = (draw(1, 1, 2, 8), draw(1, 1, 2, 8), draw(1, 1, 4, 6))
+ENGINES = {
+    "no decay": lambda s: subquad.linear_recurrence(*QKV, state=s),
+    "fixed": lambda s: subquad.linear_recurrence(*QKV, -torch.arange(1.0, 5), state=s),
+    "delta": lambda s: subquad.linear_recurrence(
+        *QKV, -torch.ones(4, 8), subquad.Delta(torch.ones(1, 1, 4)), scale=2.0, state=s
+    ),
+    "low rank": lambda s: subquad.linear_recurrence(*QKV, erase=LOW_RANK, state=s),
+    "bonus": lambda s: subquad.linear_recurrence(*QKV, bonus=torch.ones(4, 8), state=s),
+    "scan": lambda s: selective_scan(
+        SCAN[0], SCAN[1], SCAN[2], SCAN[3], SCAN[3], state=s.reshape(1, 24, 8)
+    ),
+    "scan and skip": lambda s: selective_scan(*SCAN[:4], SCAN[3], SCAN[4], s.reshape(1, 24, 8)),
+}
+SCAN = (draw(1, 1, 24), draw(1, 1, 24).exp(), -draw(24, 8).exp(), draw(1, 1, 8), draw(24))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_engines_are_what_they_are_untraced(name):
+    state = draw(1, 4, 8, 6)
+    trace = Trace(lambda t: ENGINES[name](*t), [state])
+    for start in (state, 2 * state):
+        for got, want in zip(trace.run([start]), ENGINES[name](start)):
+            torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-6)
 
 
 REFUSED = {

@@ -16,7 +16,8 @@ from subquad.mixers.base import Mixer, State
 from subquad.mixers.convolution import ShortConvolution
 from subquad.mixers.norms import GateThenNorm, NormThenGate, RMSNorm
 from subquad.models.block import Block, SwiGLU, normed
-from subquad.recurrence.trace import Trace, Untraceable
+from subquad.recurrence.operations import Untraceable
+from subquad.recurrence.trace import Trace
 
 _KNOWN = {Block, SwiGLU, RMSNorm, NormThenGate, GateThenNorm, ShortConvolution, nn.Linear}
 

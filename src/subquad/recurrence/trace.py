@@ -6,8 +6,8 @@ the caches drive the interpreter out of them. So what a layer computes for one t
 tape of compiled kernels, and only the tape runs from then on.
 
 A trace sees what `__torch_function__` shows: every call of PyTorch's, and of our engines, which
-take part in that protocol. It knows the operations listed here. Any other, and whatever reads a
-value (`if x.sum() > 0`), raises `Untraceable`, and the layer is called as it always was.
+take part in that protocol. It knows the operations in `operations.py`. Any other, and whatever
+reads a value (`if x.sum() > 0`), raises `Untraceable`, and the layer is called as it always was.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -26,13 +25,10 @@ from subquad.recurrence.eager import can_call_compiled_code
 from subquad.recurrence.explanation import Explanation, tell, watched
 from subquad.recurrence.linear import linear
 from subquad.recurrence.norm import gated_rms_norm, l2_norm, rms_norm
+from subquad.recurrence.operations import CONSTANTS, LOOKS, OPERATIONS, VIEWS, Untraceable
 from subquad.recurrence.reference import Delta, Erase, LowRank
 
 Layers = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-
-
-class Untraceable(Exception):
-    """An operation that has no kernel on a tape; its message names it."""
 
 
 class Trace:
@@ -110,11 +106,11 @@ class _Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _OPERATIONS:
-            return _OPERATIONS[func](self, *args, **kwargs)
-        if func in _VIEWS:
+        if func in _KNOWN:
+            return _KNOWN[func](self, *args, **kwargs)
+        if func in VIEWS:
             return self._view(func, *args, **kwargs)
-        if func in _LOOKS or getattr(func, "__name__", "") == "__get__" or func in _CONSTANTS:
+        if func in LOOKS or getattr(func, "__name__", "") == "__get__" or func in CONSTANTS:
             return func(*args, **kwargs)
         raise Untraceable(torch.overrides.resolve_name(func) or repr(func))
 
@@ -256,9 +252,12 @@ class _Recorder(TorchFunctionMode):
         beta = erase.beta if isinstance(erase, Delta) else None
         a, b = (erase.a, erase.b) if isinstance(erase, LowRank) else (None, None)
         o, new = self.new(v.shape), self.new(state.shape)
-        tensors = map(self._flat, (q, k, v, log_decay, beta, a, b, bonus))
+        log_decay, beta = self._flat(log_decay), self._flat(beta)
+        a, b, bonus = self._flat(a), self._flat(b), self._flat(bonus)
         scale = q.shape[3] ** -0.5 if scale is None else scale
-        self._matrix.record(self.tape, *tensors, scale, self.flat(state), o, new)
+        q, k, v, state = self.flat(q), self.flat(k), self.flat(v), self.flat(state)
+        inputs = (q, k, v, log_decay, beta, a, b, bonus, scale, state)
+        self._matrix.record(self.tape, *inputs, o, new)
         return o, new
 
     def selective_scan(
@@ -280,103 +279,17 @@ class _Recorder(TorchFunctionMode):
             raise Untraceable(f"a scan with form={form!r}, impl={impl!r}")
         self.told.append(diagonal.explain_token(x, A))
         y, new = self.new(x.shape), self.new(state.shape)
-        tensors = map(self._flat, (x, dt, A, B, C, D, state))
-        self._scan.record(self.tape, *tensors, y, new)
+        x, dt, A, B, C = map(self.flat, (x, dt, A, B, C))
+        D = torch.zeros(x.shape[2]) if D is None else self.flat(D)
+        self._scan.record(self.tape, x, dt, A, B, C, D, self.flat(state), y, new)
         return y, new
 
     def _flat(self, x: Tensor | None) -> Tensor | None:
         return None if x is None else self.flat(x)
 
 
-# ---- what a trace knows of PyTorch. Signatures are theirs.
-
-
-def _unary(operation: str) -> Callable[..., Tensor]:
-    return lambda recorder, x, inplace=False: _not_in_place(inplace) or recorder.unary(operation, x)
-
-
-def _binary(operation: str, *, swapped: bool = False) -> Callable[..., Tensor]:
-    if swapped:
-        return lambda recorder, x, z: recorder.binary(operation, z, x)
-    return lambda recorder, x, z: recorder.binary(operation, x, z)
-
-
-def _not_in_place(inplace: bool) -> None:
-    if inplace:
-        raise Untraceable("an operation in place")
-
-
-def _softplus(r: _Recorder, x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
-    if (beta, threshold) != (1, 20):
-        raise Untraceable("softplus with a beta or threshold of its own")
-    return r.unary("softplus", x)
-
-
-def _logsigmoid(r: _Recorder, x: Tensor) -> Tensor:
-    return r.unary("affine", r.unary("softplus", r.unary("affine", x, -1.0)), -1.0)
-
-
-def _elu(r: _Recorder, x: Tensor, alpha: float = 1.0, inplace: bool = False) -> Tensor:
-    _not_in_place(inplace)
-    if alpha != 1.0:
-        raise Untraceable("elu with an alpha of its own")
-    return r.unary("elu", x)
-
-
-def _gelu(r: _Recorder, x: Tensor, *, approximate: str = "none") -> Tensor:
-    if approximate != "none":
-        raise Untraceable("gelu by tanh")
-    return r.unary("gelu", x)
-
-
-def _glu(r: _Recorder, x: Tensor, dim: int = -1) -> Tensor:
-    value, gate = x.chunk(2, dim)
-    return r.binary("mul", value, r.unary("sigmoid", gate))
-
-
-def _addcmul(r: _Recorder, x: Tensor, y: Tensor, z: Tensor, *, value: float = 1) -> Tensor:
-    product = r.binary("mul", y, z)
-    return r.binary("add", x, product if value == 1 else r.unary("affine", product, value))
-
-
-def _to(r: _Recorder, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if x.to(*args, **kwargs) is not x:
-        raise Untraceable("a change of dtype or device")
-    return x
-
-
-def _float(r: _Recorder, x: Tensor) -> Tensor:
-    return _to(r, x, torch.float32)
-
-
-def _pad(
-    r: _Recorder, x: Tensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
-) -> Tensor:
-    if mode != "constant" or min(pad) < 0:
-        raise Untraceable(f"pad by {mode}, {pad}")
-    y = F.pad(torch.empty(x.shape), pad, value=value)  # what is around stays from run to run
-    inside = y
-    for axis, (before, _) in enumerate(zip(pad[::2], pad[1::2])):
-        inside = inside.narrow(-1 - axis, before, x.shape[-1 - axis])
-    r.copy(x, inside)
-    return y
-
-
-def _cat(r: _Recorder, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
-    y = torch.cat([torch.empty(x.shape) for x in tensors], dim)
-    for x, part in zip(tensors, y.split([x.shape[dim] for x in tensors], dim)):
-        r.copy(x, part)
-    return y
-
-
-def _stack(r: _Recorder, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
-    y = torch.stack([torch.empty(x.shape) for x in tensors], dim)
-    for x, part in zip(tensors, y.unbind(dim)):
-        r.copy(x, part)
-    return y
-
-
-_OPERATIONS: dict[Any, Callable[..., Any]] = {
+_KNOWN: dict[Any, Callable[..., Any]] = {
+    **OPERATIONS,
     api.linear_recurrence: _Recorder.linear_recurrence,
     diagonal.selective_scan: _Recorder.selective_scan,
     short_convolution: _Recorder.short_convolution,
@@ -386,53 +299,4 @@ _OPERATIONS: dict[Any, Callable[..., Any]] = {
     ),
     l2_norm: lambda r, x, size, eps=1e-6: r.normalise(x, size, None, eps / size, scale=size**-0.5),
     linear: _Recorder.linear,
-    F.linear: _Recorder.linear,
-    F.softplus: _softplus,
-    F.logsigmoid: _logsigmoid,
-    F.elu: _elu,
-    F.gelu: _gelu,
-    F.glu: _glu,
-    F.pad: _pad,
-    torch.addcmul: _addcmul,
-    torch.cat: _cat,
-    torch.stack: _stack,
-    Tensor.to: _to,
-    Tensor.float: _float,
-    **dict.fromkeys((torch.exp, Tensor.exp), _unary("exp")),
-    **dict.fromkeys((torch.sigmoid, Tensor.sigmoid), _unary("sigmoid")),
-    **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _unary("relu")),
-    F.silu: _unary("silu"),
-    **dict.fromkeys(
-        (torch.neg, Tensor.neg, Tensor.__neg__), lambda r, x: r.unary("affine", x, -1.0)
-    ),
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__), _binary("add")),
-    **dict.fromkeys((torch.sub, Tensor.sub, Tensor.__sub__), _binary("sub")),
-    Tensor.__rsub__: _binary("sub", swapped=True),
-    **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__), _binary("mul")),
-    **dict.fromkeys((torch.div, Tensor.div, Tensor.__truediv__), _binary("div")),
 }
-
-_VIEWS = {
-    Tensor.chunk,
-    Tensor.expand,
-    Tensor.flatten,
-    Tensor.narrow,
-    Tensor.permute,
-    Tensor.reshape,
-    Tensor.split,
-    Tensor.split_with_sizes,
-    Tensor.squeeze,
-    Tensor.transpose,
-    Tensor.unbind,
-    Tensor.unflatten,
-    Tensor.unsqueeze,
-    Tensor.view,
-    Tensor.__getitem__,
-    torch.chunk,
-    torch.split,
-    torch.unbind,
-}
-
-_LOOKS = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point}
-
-_CONSTANTS = {torch.arange, torch.linspace, torch.empty, torch.zeros, torch.ones, torch.full}
