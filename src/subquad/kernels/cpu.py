@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from threading import get_ident
 from typing import Any, cast
 
 import numba
@@ -182,8 +183,6 @@ def over_channels(kernel: Callable[..., Any], channels: int, work: int, *args: A
     _run_on_threads(share, threads)
     if errors:
         raise errors[0]
-    if len(results) < threads:  # Ctrl-C came outside our lines, where ctypes lets nothing through
-        raise KeyboardInterrupt
     return [results[i] for i in range(threads)]
 
 
@@ -212,7 +211,15 @@ def _run_on_threads(share: Callable[[], None], threads: int) -> None:
     """
     global _pool
     if _parallel is not None and not _forked:
-        _parallel(_Body(lambda _: _flushing(share)), None, threads, 0)
+        caller, returned = get_ident(), []
+
+        def body(_: int) -> None:
+            _flushing(share)
+            returned.append(get_ident())
+
+        _parallel(_Body(body), None, threads, 0)
+        if caller not in returned:  # Ctrl-C came in our lines: ctypes prints it and goes on, and
+            raise KeyboardInterrupt  # the other threads may well have done all there was to do
     else:
         if _pool is None:
             _pool = ThreadPoolExecutor(
@@ -225,8 +232,8 @@ def _run_on_threads(share: Callable[[], None], threads: int) -> None:
 def _flushing(share: Callable[[], None]) -> None:
     """Call it with denormal numbers flushed, and leave the thread, which is torch's, as it was."""
     was = bool(SMALLEST * np.float32(0.5) == 0)
-    torch.set_flush_denormal(True)
     try:
+        torch.set_flush_denormal(True)
         share()
     finally:  # Ctrl-C may come between its lines
         torch.set_flush_denormal(was)
