@@ -9,7 +9,8 @@ from numpy.polynomial import legendre as numpy_legendre
 from torch.testing import assert_close
 
 from subquad.ssm.discretize import METHODS
-from subquad.ssm.hippo import CHUNK, MEASURES, HiPPO, legs, legt, lmu
+from subquad.ssm.hippo import CHUNK, MEASURES, HiPPO
+from subquad.ssm.legendre import legs, legt, lmu
 
 NODES, WEIGHTS = (torch.as_tensor(x) for x in np.polynomial.legendre.leggauss(40))
 INSIDE, WEIGHTS = (NODES + 1) / 2, WEIGHTS / 2  # on [0, 1]

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from subquad.ssm.cauchy import CHUNK, s4_kernel
 from subquad.ssm.continuous import StateSpace
-from subquad.ssm.hippo import legs, legt
+from subquad.ssm.legendre import legs, legt
 from subquad.ssm.matrix import DPLR, adjoint
 from subquad.ssm.nplr import nplr
 

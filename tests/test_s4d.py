@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from subquad.mixers.s4d import S4D
 from subquad.ssm.discretize import expm1, zero_order_hold
-from subquad.ssm.hippo import legs
 from subquad.ssm.initial import poles
+from subquad.ssm.legendre import legs
 
 INITS = ("legs", "inv", "lin", "real")
 

@@ -10,9 +10,10 @@ from subquad.ssm.continuous import StateSpace
 from subquad.ssm.discrete import DiscreteStateSpace
 from subquad.ssm.discretize import zero_order_hold
 from subquad.ssm.gaussian import GaussianStateSpace
-from subquad.ssm.hippo import HiPPO, legs, legt, lmu
+from subquad.ssm.hippo import HiPPO
 from subquad.ssm.initial import poles
 from subquad.ssm.kalman import Filtered, Smoothed
+from subquad.ssm.legendre import legs, legt, lmu
 from subquad.ssm.matrix import DPLR, Diagonal
 from subquad.ssm.nplr import NPLR, nplr
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from subquad.recurrence.validate import choose
 from subquad.ssm.continuous import StateSpace
-from subquad.ssm.hippo import legs, legt
+from subquad.ssm.legendre import legs, legt
 from subquad.ssm.matrix import DPLR, adjoint
 
 
