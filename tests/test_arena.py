@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -94,6 +95,18 @@ def test_a_size_or_row_that_cannot_be_had_is_refused():
         equal_shape("gla", 500, 259)
     with pytest.raises(ValueError, match=r"rows: there is no row 'gals'; expected some of .*gla"):
         equal_shape("gals", 1_000_000, 259)
+
+
+def test_a_row_takes_part_twice_with_other_options(config, tmp_path):
+    rows = ("linear_attention", "linear_attention:num_heads=4")
+    results = run_arena(replace(config, rows=rows, steps=2, sample_tokens=2), tmp_path)
+    assert [result.name for result in results.rows] == list(rows)
+    assert results.missing == []
+    options = [result.shape.model.get("mixer_options") for result in results.rows]
+    assert options == [None, {"linear_attention": {"num_heads": 4}}]
+    assert rows[1] in write_report(results, tmp_path).read_text("utf-8")
+    again = run_arena(results.config, tmp_path)  # reads back what is finished
+    assert again == results
 
 
 # ---- measurements

@@ -325,6 +325,17 @@ def test_crop_works_only_where_nothing_is_lost(ids) -> None:
         ({"mixer": "gla", "mixer_options": {"gla": {"num_head": 4}}}, "did you mean 'num_heads'"),
         ({"mixer": "gla", "mixer_options": {"num_heads": 4}}, r"mixer_options: got 'num_heads'"),
         ({"mixer": "gla", "mixer_options": {"gla": 4}}, r"mixer_options\['gla'\]: got 4"),
+        (
+            {
+                "mixer": "deltanet",
+                "mixer_options": {"deltanet": {"allow_negative_eigenvalues": "flase"}},
+            },
+            r"\['allow_negative_eigenvalues'\]: got 'flase'; expected True or False",
+        ),
+        (
+            {"mixer": "gla", "mixer_options": {"gla": {"norm_eps": "1e-5"}}},
+            r"\['norm_eps'\]: got '1e-5'; expected a number",
+        ),
         ({"mixer": "gla", "mixer_options": {"retnet": {}}}, r"rows of this model: \['gla'\]"),
         ({"mixer": "gla", "mixer_options": ["gla"]}, r"mixer_options: got \['gla'\]"),
         ({"mixer": "gla", "hidden_size": 66}, r"gla with hidden_size=66: .*num_heads"),

@@ -230,7 +230,7 @@ def test_rows_may_have_options():
     assert model.body.layers[0].mixer.beta_scale == 2.0
     with pytest.raises(ValueError, match=r"deltanet has no shape .* num_heads: got 'many'"):
         make_plan(TaskArenaConfig(task="parity", rows=("deltanet:num_heads=many",)))
-    with pytest.raises(ValueError, match=r"rows, 'gla:colour=1': got colour; expected one of"):
+    with pytest.raises(ValueError, match=r"mixer_options\['gla'\]: got 'colour'; expected one of"):
         TaskArenaConfig(task="parity", rows=("gla:colour=1",))
 
 

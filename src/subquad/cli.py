@@ -348,7 +348,7 @@ def arena(
     rows: Annotated[
         str | None,
         typer.Option(
-            help="Rows, with commas between. On a task also with options of the mixer: "
+            help="Rows, with commas between, also with options of the mixer: "
             "deltanet:allow_negative_eigenvalues, mamba2:state_size=16.",
             show_default="softmax_attention,mamba,mamba2,gla,gated_deltanet",
         ),

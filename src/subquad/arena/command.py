@@ -170,7 +170,9 @@ def parse_count(text: str) -> int:
 def show(results: ArenaResults, console: Console) -> None:
     """The samples, then the table, which is what one wants to have on the screen in the end."""
     for result in results.rows:
-        console.rule(f"[bold]{result.row}[/bold] continues {results.config.prompt!r}", align="left")
+        console.rule(
+            f"[bold]{result.name}[/bold] continues {results.config.prompt!r}", align="left"
+        )
         console.print(results.config.prompt, style="dim", end="", highlight=False, markup=False)
         console.print(result.sample, highlight=False, markup=False)
     console.rule()

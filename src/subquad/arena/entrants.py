@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from subquad.mixers import MIXERS
-from subquad.models.config import mixer_option_names
+from subquad.models.config import check_mixer_option
 from subquad.recurrence.validate import choose, fail
 
 
@@ -22,17 +22,15 @@ class Entrant:
     def parse(cls, text: str) -> "Entrant":
         """`row`, or `row:option=value:option`, the values as JSON; an option alone is true.
 
-        Raises ValueError: an unknown row or option.
+        Raises ValueError: an unknown row or option, or no value that the option takes.
         """
         row, *parts = text.strip().split(":")
         choose("rows", row, tuple(MIXERS))
         options = {}
         for part in parts:
             name, equals, value = part.partition("=")
-            known = mixer_option_names(row)
-            if name not in known:
-                raise fail(f"rows, {text!r}", name, f"one of {', '.join(known)}", "rename it")
             options[name] = _value(value) if equals else True
+            check_mixer_option(row, name, options[name])
         return cls(text.strip(), row, options)
 
     @property

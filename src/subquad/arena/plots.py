@@ -18,7 +18,7 @@ def loss_curves(results: ArenaResults, width: int, height: int) -> str:
         training = result.training
         losses = smooth(training.bits_per_byte, window)
         tokens = [(window + i) * training.tokens_per_step for i in range(len(losses))]
-        series.append(Series(result.row, tokens, losses, index, end=result.bits_per_byte))
+        series.append(Series(result.name, tokens, losses, index, end=result.bits_per_byte))
 
     def style(axes: "Axes") -> None:
         axes.set_xlim(0, max(line.x[-1] for line in series))
@@ -37,7 +37,7 @@ def decode_times(results: ArenaResults, width: int, height: int) -> str:
     """Milliseconds per generated token against the context before it."""
     series = [
         Series(
-            result.row,
+            result.name,
             [timing.context for timing in result.decode],
             [timing.seconds_per_token * 1e3 for timing in result.decode],
             index,
@@ -55,7 +55,7 @@ def cache_sizes(results: ArenaResults, width: int, height: int) -> str:
     """Bytes of cache against the context it holds."""
     series = [
         Series(
-            result.row,
+            result.name,
             [timing.context for timing in result.decode],
             [timing.cache_bytes for timing in result.decode],
             index,

@@ -49,7 +49,7 @@ def terminal_table(results: ArenaResults) -> Any:
     for result in results.rows:
         quality = f"{result.bits_per_byte:.3f}"
         table.add_row(
-            result.row,
+            result.name,
             count(result.shape.parameters),
             Text(quality, style="bold" if result.bits_per_byte == best else ""),
             count(result.training.tokens_per_second),
@@ -113,7 +113,7 @@ def _page_rows(results: ArenaResults) -> list[dict[str, Any]]:
     best = min(results.rows, key=lambda result: result.bits_per_byte)
     return [
         {
-            "row": result.row,
+            "row": result.name,
             "about": ROWS[result.row],
             "is_best": result is best,
             "bits_per_byte": f"{result.bits_per_byte:.3f}",
@@ -145,11 +145,11 @@ def _findings(results: ArenaResults) -> list[str]:
     """Two or three sentences that follow from the numbers alone."""
     rows = sorted(results.rows, key=lambda result: result.bits_per_byte)
     best, others = rows[0], rows[1:]
-    text = f"Best held-out quality: {best.row}, {best.bits_per_byte:.3f} bits per byte"
+    text = f"Best held-out quality: {best.name}, {best.bits_per_byte:.3f} bits per byte"
     if others:
         gap, error = difference(others[0], best)
         clear = gap > 2 * error
-        text += f"; next {others[0].row}, {gap:.3f} ± {error:.3f} above"
+        text += f"; next {others[0].name}, {gap:.3f} ± {error:.3f} above"
         text += "." if clear else ", too close to call on this text."
     else:
         text += "."
@@ -166,7 +166,7 @@ def _findings(results: ArenaResults) -> list[str]:
         growth = _growth(row.decode, "cache_bytes")
         slower = _growth(row.decode, "seconds_per_token")
         sentences.append(
-            f"{span} the cache of {row.row} grows {growth:.3g} times"
+            f"{span} the cache of {row.name} grows {growth:.3g} times"
             f" and its decoding step takes {slower:.2g} times as long."
         )
     return sentences
@@ -177,7 +177,7 @@ def _growth(decode: list[DecodeTiming], what: str) -> float:
 
 
 def _listed(rows: list[RowResult]) -> str:
-    names = [row.row for row in rows]
+    names = [row.name for row in rows]
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
@@ -200,8 +200,8 @@ def _details(results: ArenaResults) -> list[tuple[str, str]]:
         ("Seed", str(results.config.seed)),
         (
             "Embedding",
-            "; ".join(f"{row.row} {row.shape.embedding_parameters:,}" for row in rows)
+            "; ".join(f"{row.name} {row.shape.embedding_parameters:,}" for row in rows)
             + " of the parameters",
         ),
-        ("Models", "; ".join(f"{row.row}: {row.shape.description}" for row in rows)),
+        ("Models", "; ".join(f"{row.name}: {row.shape.description}" for row in rows)),
     ]

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from subquad.arena.entrants import check_rows
+from subquad.arena.entrants import Entrant, check_rows
 
 DEFAULT_ROWS = ("softmax_attention", "mamba", "mamba2", "gla", "gated_deltanet")
 
@@ -18,6 +18,8 @@ DEFAULT_ROWS = ("softmax_attention", "mamba", "mamba2", "gla", "gated_deltanet")
 class ArenaConfig:
     """The question. Runs with equal configs see the same batches in the same order.
 
+    rows:       the entrants, each a row of the table, or one with options of its mixer:
+                `mamba2:state_size=32`.
     parameters: trainable parameters of every model, embeddings counted once (they are tied).
     minutes:    wall-clock budget for everything, from which one number of steps for all rows is
                 derived; ignored where `steps` is given.
@@ -44,6 +46,7 @@ class ArenaConfig:
         object.__setattr__(self, "rows", tuple(self.rows))
         object.__setattr__(self, "contexts", tuple(sorted(self.contexts)))
         check_rows(self.rows)
+        self.entrants()
         for name in ("parameters", "seq_len", "batch_size", "lr", "minutes"):
             _require_positive(name, getattr(self, name))
         if self.steps is not None:
@@ -52,6 +55,10 @@ class ArenaConfig:
             raise ValueError(f"contexts must be positive token counts, got {list(self.contexts)}")
         if not self.prompt:
             raise ValueError("prompt must not be empty: every row continues the same text")
+
+    def entrants(self) -> list[Entrant]:
+        """The rows, read. ValueError for an unknown row or option."""
+        return [Entrant.parse(row) for row in self.rows]
 
 
 def _require_positive(name: str, value: float) -> None:
@@ -118,10 +125,17 @@ class RowResult:
     heldout_bytes: list[int]
     decode: list[DecodeTiming]
     sample: str
+    label: str = ""  # as it was asked for, options included; empty for the row's name
 
     @property
     def row(self) -> str:
+        """The row of the table."""
         return self.shape.row
+
+    @property
+    def name(self) -> str:
+        """What tells this entrant from the others: `gla`, or `gla:num_heads=4`."""
+        return self.label or self.row
 
     @property
     def bits_per_byte(self) -> float:
@@ -136,6 +150,7 @@ class RowResult:
             heldout_bytes=record["heldout_bytes"],
             decode=[DecodeTiming(**timing) for timing in record["decode"]],
             sample=record["sample"],
+            label=record.get("label", ""),  # results written before rows could have options
         )
 
 
@@ -193,14 +208,14 @@ class ArenaResults:
 
     @property
     def missing(self) -> list[str]:
-        finished = {result.row for result in self.rows}
+        finished = {result.name for result in self.rows}
         return [row for row in self.config.rows if row not in finished]
 
     def to_json(self) -> dict[str, Any]:
         """A summary first, for readers in a hurry; then everything, from which it was computed."""
         summary = [
             {
-                "row": result.row,
+                "row": result.name,
                 "parameters": result.shape.parameters,
                 "heldout_bits_per_byte": result.bits_per_byte,
                 "train_tokens_per_second": result.training.tokens_per_second,

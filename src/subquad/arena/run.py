@@ -68,15 +68,16 @@ def run_arena(
         write_json(out / "plan.json", asdict(plan))
     on_event({"kind": "plan", "plan": plan})
     finished = []
-    for row in config.rows:
-        result = _read_row(out / row)
+    for entrant in config.entrants():
+        folder = out / entrant.folder
+        result = _read_row(folder)
         if result is None:
             try:
-                result = _run_row(row, plan, corpus, out / row, on_event)
+                result = _run_row(entrant.label, plan, corpus, folder, on_event)
             except KeyboardInterrupt:  # between training steps `train` itself stops and saves
                 break
         finished.append(result)
-        on_event({"kind": "row", "row": row, "result": result})
+        on_event({"kind": "row", "row": entrant.label, "result": result})
     return ArenaResults(plan, finished)
 
 
@@ -85,7 +86,12 @@ def _make_plan(
 ) -> Plan:
     """Shapes, decode timings and the number of steps. `began`: when the time budget started."""
     vocab_size = len(corpus.tokenizer)
-    shapes = {row: equal_shape(row, config.parameters, vocab_size) for row in config.rows}
+    shapes = {
+        entrant.label: equal_shape(
+            entrant.row, config.parameters, vocab_size, options=entrant.options
+        )
+        for entrant in config.entrants()
+    }
     text = torch.from_numpy(corpus.heldout.ids[: max(config.contexts)].astype("int64"))
     decode, step_seconds, other_seconds = {}, 0.0, 0.0
     for row, shape in shapes.items():
@@ -137,7 +143,7 @@ def _run_row(
     losses = [record["bits_per_byte"] for record in trained.history if record["kind"] == "train"]
     tokens = config.batch_size * config.seq_len
     training = Training(losses, _step_seconds(trained), tokens)
-    result = RowResult(shape, training, bits, sizes, plan.decode[row], sample)
+    result = RowResult(shape, training, bits, sizes, plan.decode[row], sample, row)
     write_json(folder / "result.json", asdict(result))
     return result
 
@@ -171,7 +177,7 @@ def _read_plan(config: ArenaConfig, out: Path) -> Plan | None:
     if record is None:
         return None
     plan = Plan.from_json(record)
-    unfinished = not all((out / row / "result.json").exists() for row in config.rows)
+    unfinished = not all((out / e.folder / "result.json").exists() for e in config.entrants())
     here = describe_machine(config.device) if unfinished else plan.environment
     refuse_changes(out, asdict(plan.config), asdict(config), plan.environment, here)
     return plan

@@ -150,9 +150,8 @@ class SubquadConfig(PreTrainedConfig):
                 )
             if not isinstance(options, dict):
                 raise fail(f"mixer_options[{row!r}]", repr(options), "a dict", '{"num_heads": 4}')
-            known = mixer_option_names(row)
-            for option in options:
-                _check_choice(f"mixer_options[{row!r}]", option, known)
+            for option, value in options.items():
+                check_mixer_option(row, option, value)
         for row in dict.fromkeys(self.rows):
             self._check_mixer_builds(row)
 
@@ -165,17 +164,35 @@ class SubquadConfig(PreTrainedConfig):
             raise ValueError(f"{row} with hidden_size={self.hidden_size}: {error}") from error
 
 
-def mixer_option_names(row: str) -> list[str]:
+def mixer_option_defaults(row: str) -> dict[str, Any]:
     """The keywords that a row's constructor takes, its parents' included where it hands them on."""
-    names: list[str] = []
+    defaults: dict[str, Any] = {}
     for cls in MIXERS[row].__mro__:
         if "__init__" not in vars(cls):
             continue
         parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
-        names += [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        own = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        defaults = own | defaults
         if all(p.kind is not p.VAR_KEYWORD for p in parameters):
             break
-    return names
+    return defaults
+
+
+def check_mixer_option(row: str, option: str, value: object) -> None:
+    """ValueError unless the row takes the option, and the value fits its default: true or false,
+    or a number.
+
+    Any text is true to Python, and so would switch on what it was meant to switch off.
+    """
+    name = f"mixer_options[{row!r}]"
+    defaults = mixer_option_defaults(row)
+    _check_choice(name, option, defaults)
+    default = defaults[option]
+    if isinstance(default, bool) and not isinstance(value, bool):
+        raise fail(f"{name}[{option!r}]", repr(value), "True or False", f"the default is {default}")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(default, float) and not is_number:
+        raise fail(f"{name}[{option!r}]", repr(value), "a number", f"the default is {default}")
 
 
 def _check_integer(name: str, value: object, at_least: int) -> None:
@@ -196,7 +213,7 @@ def _check_choice(name: str, value: object, choices: Iterable[str], hint: str = 
 
 def _refuse_mixer_option(name: str, mixer: str) -> None:
     """What a row's constructor takes does nothing here: transformers would only store it."""
-    if any(name in mixer_option_names(row) for row in MIXERS):
+    if any(name in mixer_option_defaults(row) for row in MIXERS):
         fix = f"write mixer_options={{{mixer!r}: {{{name!r}: ...}}}}"
         raise fail(name, "an option of mixers", "options of the model", fix)
 
