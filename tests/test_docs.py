@@ -8,6 +8,7 @@ numbers in tracebacks. (```py is for code that is only shown.) A table between
 is made from the code by the function TABLES[NAME]. `python tests/test_docs.py` writes them anew.
 """
 
+import ast
 import json
 import re
 import sys
@@ -142,6 +143,27 @@ def readme_rows() -> str:
     return "\n".join(lines) + "\n"
 
 
+def tree() -> str:
+    """Every module with the first sentence of its docstring."""
+    package = ROOT / "src" / "subquad"
+    lines = ["```", "src/subquad/"]
+    for folder in (package, *sorted(path.parent for path in package.glob("*/__init__.py"))):
+        files = {file.name: _first_sentence(file) for file in sorted(folder.glob("*.py"))}
+        about, indent = files.pop("__init__.py"), "  "
+        if folder != package:
+            lines.append(f"  {folder.name + '/':<28} {about}")
+            indent = "    "
+        lines += [f"{indent}{name:<{30 - len(indent)}} {text}" for name, text in files.items()]
+    return "\n".join([*lines, "```"]) + "\n"
+
+
+def _first_sentence(module: Path) -> str:
+    text = ast.get_docstring(ast.parse(module.read_text("utf-8")))
+    assert text, f"{module} says nowhere what it is for"
+    paragraph = " ".join(text.split("\n\n")[0].split())
+    return re.split(r"(?<=[a-z0-9)`])\. ", paragraph)[0].rstrip(".")
+
+
 def cpu_results() -> str:
     """What benchmarks/cpu.py last measured."""
     return (DOCS / "results" / "cpu.md").read_text(encoding="utf-8")
@@ -233,6 +255,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "rows_that_run": rows_that_run,
     "rows_to_come": rows_to_come,
     "readme_rows": readme_rows,
+    "tree": tree,
     "cpu_results": cpu_results,
     "tasks": task_rows,
     "evidence": evidence,
