@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from subquad import tasks
 from subquad.arena.command import task_config
-from subquad.arena.entrants import Entrant
+from subquad.arena.entrants import Entrant, split_rows
 from subquad.arena.scaling import (
     QUANTITIES,
     ScalingConfig,
@@ -85,13 +85,12 @@ def test_a_score_in_pieces_is_the_score_of_one_pass(row, name):
 class Oracle(TaskModel):
     """Answers as it is told, to check what is counted."""
 
-    def __init__(self, task, said):
+    def __init__(self, task, batch, said):
         super().__init__(task, hidden_size=32, num_hidden_layers=1, mixer="gla")
-        self.said = said
+        self.labels, self.said = batch.labels.flatten(), said
 
-    def answer(self, hidden, batch):
-        due = batch.labels[batch.asked]
-        return self.said(due), due if due.ndim == 1 else due[:, 0]
+    def answer(self, hidden, where):
+        return self.said(self.labels[where])
 
 
 def test_a_score_counts_answers_sequences_and_scales():
@@ -103,14 +102,14 @@ def test_a_score_counts_answers_sequences_and_scales():
         right[0] = right[0].roll(1)
         return right
 
-    found = score(Oracle(parity, all_but_the_first), parity, [batch])
+    found = score(Oracle(parity, batch, all_but_the_first), parity, [batch])
     assert found.accuracy == 47 / 48 and found.whole == 5 / 6
     assert found.value == pytest.approx((47 / 48 - 0.5) / 0.5)
     assert found.error == pytest.approx(math.sqrt(47 / 48 / 48 / 48))
     hippo = tasks.get("hippo")
     signal = hippo.sample(4)
-    off = score(Oracle(hippo, lambda due: due[:, 0] * 0.9), hippo, [signal])
-    assert off.value == pytest.approx(0.01) and math.isnan(off.whole)
+    off = score(Oracle(hippo, signal, lambda due: due * 0.9), hippo, [signal])
+    assert off.value == pytest.approx(0.01) and math.isnan(off.whole) and off.error is None
     with pytest.raises(ValueError, match=r"batches: got none with anything asked"):
         empty = Batch(batch.inputs, torch.full_like(batch.labels, -100))
         score(model_of(parity), parity, [empty])
@@ -162,7 +161,7 @@ def test_a_million_tokens_leave_the_process_as_small_as_it_was():
 def test_signals_have_no_unused_embedding():
     model = model_of(tasks.get("hippo"))
     used = tasks.get("hippo").sample(2)
-    model.loss(used).backward()
+    model.loss(used.inputs, *used.answers()).backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
@@ -196,7 +195,7 @@ def test_training_stops_at_the_first_solved_test_unless_told_not_to():
 
 
 def test_a_loss_that_is_no_number_is_an_error_in_training_and_a_result_in_the_arena(monkeypatch):
-    monkeypatch.setattr(TaskModel, "loss", lambda self, batch: self.head.weight.sum() * math.nan)
+    monkeypatch.setattr(TaskModel, "loss", lambda self, *given: self.head.weight.sum() * math.nan)
     with pytest.raises(TrainingError, match=r"step 8: the loss is nan"):
         train_task(tasks.get("copying"), config_for())
     results = run_task_arena(TaskArenaConfig(**SMALL | {"rows": ("gla",)}))
@@ -204,6 +203,69 @@ def test_a_loss_that_is_no_number_is_an_error_in_training_and_a_result_in_the_ar
     assert row.failure and row.value is None and row.solved is None
     assert html.escape(row.failure, quote=False) in render_task_html(results).replace("&#39;", "'")
     json.dumps(results.to_json(), allow_nan=False)
+
+
+def test_the_clock_ends_training_with_a_test_and_the_cosine_with_it(monkeypatch):
+    from types import SimpleNamespace
+
+    import subquad.train.task as module
+
+    ticks = iter(range(1000))
+    monkeypatch.setattr(
+        module,
+        "time",
+        SimpleNamespace(monotonic=lambda: next(ticks) / 10, perf_counter=lambda: 0.0),
+    )
+    config = config_for(4000, eval_every=1000, lr=1e-2, warmup_steps=3)
+    cut = train_task(tasks.get("copying"), config, sequences=4, seconds=10.0)
+    assert cut.cut and not cut.interrupted and 20 < cut.step < 60
+    assert cut.history[-1]["kind"] == "test" and cut.history[-1]["step"] == cut.step
+    rates = [r["lr"] for r in cut.history if r["kind"] == "train"]
+    assert rates == sorted(rates, reverse=True) and rates[-1] < 0.3e-2
+
+
+def test_records_of_losses_are_means_since_the_last():
+    seen = []
+    config = config_for(25, eval_every=25)
+    every = train_task(tasks.get("copying"), config, sequences=4, on_event=seen.append)
+    assert [r["step"] for r in every.history if r["kind"] == "train"] == [10, 20, 25]
+    assert seen == every.history
+    assert all(0.5 < r["loss"] < 5 and r["grad_norm"] > 0 for r in seen if r["kind"] == "train")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("row", MIXERS)
+def test_captured_steps_are_the_steps(row, monkeypatch):
+    """With batches of one shape a graph is replayed; where their shapes differ nothing is."""
+    from subquad.train.captured import Captured
+
+    graphs = []
+    real = Captured._capture
+
+    def kept(self, tensors):
+        real(self, tensors)
+        graphs.append(self.graph)
+
+    monkeypatch.setattr(Captured, "_capture", kept)
+    shape = {"mixer": row, "hidden_size": 64, "num_hidden_layers": 2}
+    config = TrainConfig(
+        model=shape,
+        steps=30,
+        batch_size=8,
+        lr=3e-3,
+        eval_every=30,
+        device="cuda",
+        precision="float32",
+    )
+    task = tasks.get("selective_copying", noise=16)
+    replayed = train_task(task, config, sequences=8)
+    assert len(graphs) == 1 and graphs[0] is not None
+    monkeypatch.setattr(Captured, "_capture", lambda self, tensors: None)
+    eager = train_task(task, config, sequences=8)
+    for a, b in zip(replayed.history, eager.history):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
+    for a, b in zip(replayed.model.parameters(), eager.model.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
 
 
 # ---- the arena
@@ -219,6 +281,12 @@ def test_rows_are_equally_large_and_deep_or_equally_wide():
     assert wide.parameters is None
     for shape in wide.shapes.values():
         assert (shape.model["hidden_size"], shape.model["num_hidden_layers"]) == (32, 1)
+
+
+def test_commas_in_brackets_and_quotes_are_an_options():
+    config = TaskArenaConfig(task="mqar", rows="gla, mamba2:state_size=16,mamba2:state_size=32")
+    assert config.rows == ("gla", "mamba2:state_size=16", "mamba2:state_size=32")
+    assert split_rows('a:x=[1,2],b:y="p,q"') == ("a:x=[1,2]", 'b:y="p,q"')
 
 
 def test_rows_may_have_options():
@@ -280,6 +348,8 @@ def test_a_finished_arena_is_read_back_and_another_question_refused(finished, mo
     results, out = finished
     monkeypatch.setattr("subquad.arena.task_run.train_task", None)  # nothing is trained again
     assert run_task_arena(TaskArenaConfig(**SMALL), out).rows == results.rows
+    named = TaskArenaConfig(**SMALL | {"device": "auto"})  # the device that it was, by another name
+    assert run_task_arena(named, out).rows == results.rows
     with pytest.raises(ValueError, match=r"arena begun otherwise \(seed was 0, now 1"):
         run_task_arena(TaskArenaConfig(**SMALL, seed=1), out)
 

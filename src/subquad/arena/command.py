@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from subquad import tasks
+from subquad.arena.entrants import split_rows
 from subquad.arena.progress import ArenaProgress
 from subquad.arena.report import terminal_table, write_report
 from subquad.arena.results import ArenaConfig, ArenaResults
@@ -148,11 +149,6 @@ def _facts(name: str) -> dict[str, Any]:
         "presets": {preset: dict(values) for preset, values in cls.presets.items()},
         "settings": {field.name: field.default for field in fields(cls)},
     }
-
-
-def split_rows(text: str) -> tuple[str, ...]:
-    """`a, b` -> ("a", "b")."""
-    return tuple(row.strip() for row in text.split(",") if row.strip())
 
 
 def parse_count(text: str) -> int:

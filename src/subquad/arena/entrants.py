@@ -22,9 +22,11 @@ class Entrant:
     def parse(cls, text: str) -> "Entrant":
         """`row`, or `row:option=value:option`, the values as JSON; an option alone is true.
 
+        Commas and colons inside of a value's quotes or brackets belong to it: `row:name=[1,2]`.
+
         Raises ValueError: an unknown row or option, or no value that the option takes.
         """
-        row, *parts = text.strip().split(":")
+        row, *parts = _split(text, ":") or [""]
         choose("rows", row, tuple(MIXERS))
         options = {}
         for part in parts:
@@ -39,11 +41,23 @@ class Entrant:
         return re.sub(r"[^\w.=-]+", "-", self.label)
 
 
+def split_rows(text: str) -> tuple[str, ...]:
+    """`a, b:option=[1,2]` -> ("a", "b:option=[1,2]")."""
+    return tuple(_split(text, ","))
+
+
 def check_rows(rows: tuple[str, ...]) -> None:
     """ValueError unless there is a row and none twice."""
     if not rows or len(set(rows)) != len(rows):
         expected = "at least one row and none twice"
         raise fail("rows", list(rows), expected, "for example --rows softmax_attention,mamba2")
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """The parts between separators that are in no quotes and in no brackets; none is empty."""
+    inside = r'"[^"]*"|\[[^\]]*\]|\{[^}]*\}'
+    parts = re.findall(f"(?:{inside}|[^{separator}])+", text)
+    return [part.strip() for part in parts if part.strip()]
 
 
 def _value(text: str) -> Any:

@@ -62,6 +62,8 @@ def _is_solved(task: Task, outcome: Outcome) -> bool:
 
 
 def _solved(row: TaskRowResult) -> str:
+    if row.cut:
+        return f"cut off at {row.steps:,}"
     return "no" if row.solved is None else f"{row.solved:,}"
 
 
@@ -126,12 +128,16 @@ def findings(results: TaskArenaResults) -> list[str]:
     """What follows from the numbers alone: who solved it as trained, and how far that carries."""
     task = results.config.build()
     solved = [row.label for row in results.rows if _is_solved(task, row.tests[0])]
-    others = [row.label for row in results.rows if row.label not in solved]
+    cut = {row.label: row.steps for row in results.rows if row.cut and row.label not in solved}
+    others = [row.label for row in results.rows if row.label not in {*solved, *cut}]
     sentences = []
     if solved:
         sentences.append(f"Solved as trained ({task.metric} {task.solved:g}): {', '.join(solved)}.")
     if others:
         sentences.append(f"Not solved in {results.plan.recipe.steps:,} steps: {', '.join(others)}.")
+    if cut:
+        told = (f"{label} (step {step:,})" for label, step in cut.items())
+        sentences.append(f"Cut off by the clock, not solved: {', '.join(told)}.")
     for row in results.rows:
         run = [test for test in row.tests if test.value is not None]
         if row.label not in solved or len({test.positions for test in run}) < 2:

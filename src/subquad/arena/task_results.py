@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from subquad import tasks
-from subquad.arena.entrants import Entrant, check_rows
+from subquad.arena.entrants import Entrant, check_rows, split_rows
 from subquad.arena.results import Shape
 from subquad.recurrence.validate import choose, fail
 from subquad.tasks import Recipe, Task
@@ -29,6 +29,9 @@ class TaskArenaConfig:
     eval_every:      steps between tests while training.
     test_sequences:  in a test while training; in the end, at each length, up to `test_tokens`.
     until_solved:    stop a row at its first solved test.
+    seconds:         of wall clock to train a row; the learning rate then falls by the clock where
+                     that is further on than the steps. None: however long the steps take.
+    precision:       `float32`, `bf16`, or `auto`: bf16 on a GPU only.
     quadratic_limit: longest test for rows whose cost of a token grows with the context.
     """
 
@@ -47,11 +50,13 @@ class TaskArenaConfig:
     test_sequences: int = 256
     test_tokens: int = 1 << 20
     until_solved: bool = True
+    seconds: float | None = None
+    precision: str = "auto"
     quadratic_limit: int = 1 << 14
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        rows = self.rows.split(",") if isinstance(self.rows, str) else self.rows
+        rows = split_rows(self.rows) if isinstance(self.rows, str) else self.rows
         object.__setattr__(self, "rows", tuple(rows))
         # JSON has no tuples; a config read back must equal the one written.
         object.__setattr__(self, "settings", json.loads(json.dumps(self.settings)))
@@ -65,8 +70,10 @@ class TaskArenaConfig:
         for name in ("test_sequences", "test_tokens", "quadratic_limit"):
             check_count(name, getattr(self, name))
         check_count("seed", self.seed, least=0)
-        if self.lr is not None:
-            check_number("lr", self.lr, most=math.inf)
+        for name in ("lr", "seconds"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), most=math.inf)
+        choose("precision", self.precision, ("auto", "float32", "bf16"))
         check_flag("until_solved", self.until_solved)
         if self.parameters is not None and self.hidden_size is not None:
             got = f"{self.hidden_size}, with parameters = {self.parameters}"
@@ -115,7 +122,7 @@ class TaskPlan:
 class Outcome:
     """A trained model on one of the task's tests; `value` None if it was not run, with the reason.
 
-    error: standard error of `accuracy`, of the choice of test sequences alone.
+    error: standard error of `accuracy`, of the choice of test sequences alone; None of a signal.
     """
 
     name: str
@@ -146,6 +153,7 @@ class TaskRowResult:
     tests: list[Outcome]
     state_bytes: int  # of one sequence, all layers, after the training length
     failure: str = ""  # why the training ended early
+    cut: bool = False  # the time was over before the steps were done
 
     @property
     def row(self) -> str:

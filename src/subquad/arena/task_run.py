@@ -9,7 +9,7 @@ DIR/report.html          everything on one page
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -128,6 +128,7 @@ def _run_row(entrant: Entrant, plan: TaskPlan, on_event: Callable[[Record], None
             settings,
             sequences=config.test_sequences,
             until_solved=config.until_solved,
+            seconds=config.seconds,
             on_event=listen,
         )
     except TrainingError as error:  # one row that diverges is a result, too
@@ -149,6 +150,7 @@ def _run_row(entrant: Entrant, plan: TaskPlan, on_event: Callable[[Record], None
         tests=_tests(entrant, config, task, trained, settings, on_event, failure),
         state_bytes=state_bytes(trained.model, task) if trained else 0,
         failure=failure,
+        cut=trained is not None and trained.cut,
     )
 
 
@@ -164,6 +166,7 @@ def train_config(config: TaskArenaConfig, recipe: Recipe, shape: Shape) -> Train
         weight_decay=recipe.weight_decay,
         seed=config.seed,
         device=config.device,
+        precision=config.precision,
         eval_every=config.steps_between_tests(),
     )
 
@@ -234,12 +237,15 @@ def _read_plan(config: TaskArenaConfig, out: Path) -> TaskPlan | None:
     record = begun(out)
     if record is None:
         return None
-    asked = json.loads(json.dumps(asdict(config)))
+    plan = TaskPlan.from_json(record)
+    # The machine tells which device was meant: `auto` and `cuda` may be the same.
+    then_asked, asked = (
+        json.loads(json.dumps(asdict(replace(c, device="auto")))) for c in (plan.config, config)
+    )
     finished = all((out / e.folder / "result.json").exists() for e in config.entrants())
-    then = record["environment"]
-    here = then if finished else describe_machine(config.device)
-    refuse_changes(out, record["config"], asked, then, here)
-    return TaskPlan.from_json(record)
+    here = plan.environment if finished else describe_machine(config.device)
+    refuse_changes(out, then_asked, asked, plan.environment, here)
+    return plan
 
 
 def _read_row(folder: Path) -> TaskRowResult | None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from subquad.labels import IGNORE
 from subquad.recurrence.validate import fail
-
-IGNORED = -100  # a label that takes its position out of the loss
 
 
 def embed(embedding: nn.Module, input_ids: object, vocab_size: int) -> Tensor:
@@ -38,7 +37,7 @@ def check_labels(labels: object, shape: torch.Size, vocab_size: int) -> None:
             "pass input_ids as labels; they are shifted inside",
         )
     if ids.is_cpu and not torch.compiler.is_compiling():
-        wrong = ids[ids != IGNORED]
+        wrong = ids[ids != IGNORE]
         if len(wrong) and (int(wrong.min()) < 0 or int(wrong.max()) >= vocab_size):
             raise _outside("labels", wrong, vocab_size, "set what shall not count to -100")
 

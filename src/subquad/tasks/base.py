@@ -16,10 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from subquad.labels import IGNORE
 from subquad.recurrence.validate import choose, fail
-
-IGNORE = -100
-"""The label of a position at which nothing is asked; of a signal, NaN."""
 
 SPLITS = ("train", "test")
 _PIECE = 2048  # positions of a sequence that are scored at once, about
@@ -30,7 +28,7 @@ class Batch:
     """What a model reads and what it is asked.
 
     inputs: [B,T] int64 tokens, or [B,T,C] float32 of a signal.
-    labels: [B,T] int64, the token due at each position and -100 where nothing is asked; of a
+    labels: [B,T] int64, the token due at each position and IGNORE where nothing is asked; of a
         signal [B,T,1] float32 and NaN. A label belongs to the input at its own position, so
         nothing is shifted afterwards.
     """
@@ -44,6 +42,14 @@ class Batch:
         if self.labels.is_floating_point():
             return ~self.labels[..., 0].isnan()
         return self.labels != IGNORE
+
+    def answers(self) -> tuple[Tensor, Tensor]:
+        """Where something is asked, as places among the B*T positions, and what is due, [n] each.
+
+        On a GPU this waits for it, as n is not known before.
+        """
+        where = self.asked.flatten().nonzero()[:, 0]
+        return where, self.labels.flatten()[where]
 
     def __len__(self) -> int:
         return len(self.inputs)

@@ -1,6 +1,6 @@
 """A row between what a task gives and what it asks.
 
-B sequences   T positions   D hidden channels   n positions that are asked
+B sequences   T positions   D hidden channels   n positions at which something is asked
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from subquad.models import SubquadCache, SubquadConfig, SubquadForCausalLM
-from subquad.tasks.base import Batch, Task
+from subquad.tasks.base import Task
 
 
 class TaskModel(nn.Module):
@@ -42,18 +42,15 @@ class TaskModel(nn.Module):
         output = self.body(**given, past_key_values=cache, use_cache=keep)
         return output.last_hidden_state, output.past_key_values
 
-    def answer(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What is said where something is asked, [n,vocabulary] or [n], and what was due, [n]."""
-        asked = batch.asked
-        said = self.head(hidden[asked]).float()
-        if self.encoder is not None:
-            return said[:, 0], batch.labels[asked][:, 0]
-        return said, batch.labels[asked]
+    def answer(self, hidden: Tensor, where: Tensor) -> Tensor:
+        """What is said, [n,vocabulary] or [n], at these n of the B*T positions of [B,T,D]."""
+        said = self.head(hidden.flatten(0, 1).index_select(0, where)).float()
+        return said if self.encoder is None else said[:, 0]
 
-    def loss(self, batch: Batch) -> Tensor:
-        """Mean cross entropy (nats) or squared error of a batch's answers."""
-        hidden, _ = self.hidden(batch.inputs, None, keep=False)
-        return losses(*self.answer(hidden, batch)).mean()
+    def loss(self, inputs: Tensor, where: Tensor, due: Tensor) -> Tensor:
+        """Mean cross entropy (nats) or squared error of what is due, [n], at places [n] of B*T."""
+        hidden, _ = self.hidden(inputs, None, keep=False)
+        return losses(self.answer(hidden, where), due).mean()
 
 
 def losses(said: Tensor, due: Tensor) -> Tensor:

@@ -33,9 +33,12 @@ class Score:
     sequences: int
 
     @property
-    def error(self) -> float:
-        """The standard error of `accuracy` if answers were independent."""
-        spread = max(0.0, self.accuracy * (1 - self.accuracy))
+    def error(self) -> float | None:
+        """The standard error of `accuracy` if answers were independent; None of a signal, whose
+        answers are not right or wrong."""
+        if math.isnan(self.whole):
+            return None
+        spread = self.accuracy * (1 - self.accuracy)
         return math.sqrt(spread / self.answers)
 
 
@@ -69,13 +72,12 @@ def _read(model: TaskModel, batch: Batch, chunk: int, device: torch.device, tota
     wrong = torch.zeros(len(batch), dtype=torch.long, device=device)
     for start in range(0, length, chunk):
         stop = min(start + chunk, length)
-        piece = Batch(batch.inputs[:, start:stop], batch.labels[:, start:stop]).to(device)
-        hidden, cache = model.hidden(piece.inputs, cache, keep=stop < length)
-        asked = piece.asked
-        if asked.any():
-            said, due = model.answer(hidden, piece)
-            missed = total.add(said, due)
-            wrong.index_add_(0, asked.nonzero()[:, 0], missed.long())
+        piece = Batch(batch.inputs[:, start:stop], batch.labels[:, start:stop])
+        where, due = (tensor.to(device) for tensor in piece.answers())
+        hidden, cache = model.hidden(piece.inputs.to(device), cache, keep=stop < length)
+        if len(where):
+            missed = total.add(model.answer(hidden, where), due)
+            wrong.index_add_(0, where // (stop - start), missed.long())
     total.sequences += len(batch)
     total.whole += int((wrong == 0).sum())
 

@@ -8,9 +8,9 @@ from functools import cache
 
 import numpy as np
 
+from subquad.labels import IGNORE
 from subquad.recurrence.validate import choose, fail
 from subquad.tasks.base import (
-    IGNORE,
     Batch,
     Recipe,
     Task,

@@ -1,0 +1,70 @@
+"""A training step on a GPU without Python in between, as a CUDA graph.
+
+A small model's step is some hundred kernels of a few microseconds each; launching them from Python
+takes longer than running them, and processes that share a GPU take turns at every one of them. So
+the step is captured once and replayed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+_EAGER = 3  # steps before the capture: kernels compile, libraries and the optimiser set up
+
+
+class Captured:
+    """Calls `step(*tensors)`, from some calls on by a graph, as long as the tensors' shapes stay.
+
+    Args:
+        step: looks at nothing but these tensors and what lies where it did before, and never waits
+            for the GPU. What it leaves must lie where it did, too: parameters, optimiser states
+            (`capturable`), sums.
+        device: a GPU.
+    """
+
+    def __init__(self, step: Callable[..., None], device: torch.device) -> None:
+        self.step, self.device = step, device
+        self.calls = 0
+        self.fit = True  # False once the step could not be captured
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: list[Tensor] = []  # where the graph reads
+        self.side = torch.cuda.Stream(device)  # captures want another stream than the default
+
+    def __call__(self, *tensors: Tensor) -> None:
+        self.calls += 1
+        if self.graph is None and self.fit and self.calls > _EAGER:
+            self._capture(tensors)
+        if self.graph is None or [t.shape for t in tensors] != [t.shape for t in self.inputs]:
+            self._eagerly(tensors)
+            return
+        for own, new in zip(self.inputs, tensors):
+            own.copy_(new, non_blocking=True)
+        self.graph.replay()
+
+    def _eagerly(self, tensors: tuple[Tensor, ...]) -> None:
+        here = torch.cuda.current_stream(self.device)
+        self.side.wait_stream(here)
+        with torch.cuda.stream(self.side), warnings.catch_warnings():
+            # The optimiser is told to be capturable, and tells when it is not being captured.
+            warnings.filterwarnings("ignore", "This instance was constructed with capturable")
+            self.step(*(tensor.to(self.device, non_blocking=True) for tensor in tensors))
+        here.wait_stream(self.side)
+
+    def _capture(self, tensors: tuple[Tensor, ...]) -> None:
+        """Record what a step does, without doing it."""
+        self.inputs = [tensor.to(self.device) for tensor in tensors]
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Another thread draws and pins batches meanwhile: none of the graph's business.
+            with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):
+                self.step(*self.inputs)
+        except RuntimeError as error:
+            self.fit = False
+            reason = str(error).splitlines()[0]
+            warnings.warn(f"training goes on without a CUDA graph: {reason}", stacklevel=4)
+        else:
+            self.graph = graph
