@@ -5,12 +5,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import subquad
 from subquad import SubquadConfig, SubquadForCausalLM
 from subquad.mixers import MIXERS
 from subquad.mixers.base import Mixer
 from subquad.recurrence import selective_scan
+from subquad.recurrence.eager import can_call_compiled_code
+from subquad.recurrence.linear import linear
+from subquad.recurrence.norm import l2_norm
 from subquad.recurrence.operations import Untraceable
 from subquad.recurrence.trace import Trace
 
@@ -193,3 +197,47 @@ def test_engines_show_themselves_to_torch_function():
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
     with torch.device("cpu"):  # a mode of torch's own
         assert torch.equal(subquad.linear_recurrence(q, q, q)[0], want[0])
+
+
+class Watcher(TorchFunctionMode):
+    """Which functions were called, and what a change of theirs to the result would be worth."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_engines_called_by_keywords_show_themselves_too():
+    q = torch.randn(1, 1, 2, 4)
+    with Watcher() as watcher, torch.no_grad():
+        subquad.linear_recurrence(q=q, k=q, v=q, state=torch.zeros(1, 2, 4, 4))
+        linear(x=torch.randn(1, 1, 512), weight=torch.randn(512, 512))
+        l2_norm(x=q, size=4)
+    assert [f for f in watcher.seen if not f.__module__.startswith("torch")] == [
+        subquad.linear_recurrence, linear, l2_norm,
+    ]  # fmt: skip
+
+
+def test_compiled_code_is_not_called_behind_a_mode():
+    x = torch.ones(2, 3)
+    assert can_call_compiled_code([x])
+    with Watcher():
+        assert not can_call_compiled_code([x])
+    with torch.device("cpu"):  # sees every function too, but only says where tensors are made
+        assert can_call_compiled_code([x])
+        with Watcher():
+            assert not can_call_compiled_code([x])
+
+
+def test_compiled_code_makes_results_of_float32_only():
+    before = torch.get_default_dtype()
+    x, w = torch.randn(1, 1, 512), torch.randn(512, 512)
+    try:
+        torch.set_default_dtype(torch.float64)
+        assert torch.equal(linear(x, w), F.linear(x, w))
+    finally:
+        torch.set_default_dtype(before)

@@ -10,14 +10,23 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def can_call_compiled_code(tensors: Iterable[Tensor]) -> bool:
-    """True for plain float32 CPU tensors of which nobody records a gradient or a graph."""
+    """True for plain float32 CPU tensors of which nobody records a gradient or a graph.
+
+    Not under another default dtype, which what is made for the results would have.
+    """
     tensors = tuple(tensors)
-    return all(t.dtype == torch.float32 and t.is_cpu for t in tensors) and is_plain(tensors)
+    return (
+        all(t.dtype == torch.float32 and t.is_cpu for t in tensors)
+        and torch.get_default_dtype() == torch.float32
+        and is_plain(tensors)
+    )
 
 
 def is_plain(tensors: Iterable[Tensor]) -> bool:
@@ -40,10 +49,19 @@ def can_call_operators() -> bool:
 
 
 def _is_transformed() -> bool:
-    """Within vmap, jvp, tracing or a dispatch mode, which must see every operation."""
+    """Within vmap, jvp, tracing or a mode, which must see every operation."""
     return (
         forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._is_tracing()
+        or (torch._C._len_torch_function_stack() > 0 and _shows_functions())
     )
+
+
+def _shows_functions() -> bool:
+    """To a function mode. Not to `torch.device`, which only says where new tensors are made.
+
+    An engine whose call a mode was shown runs without that mode.
+    """
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())

@@ -20,8 +20,9 @@ def overridable(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if has_torch_function(args):
-            result: R = handle_torch_function(call, args, *args, **kwargs)
+        given = (*args, *kwargs.values())
+        if has_torch_function(given):
+            result: R = handle_torch_function(call, given, *args, **kwargs)
             return result
         return function(*args, **kwargs)
 
