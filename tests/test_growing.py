@@ -2,7 +2,9 @@
 
 import copy
 
+import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from subquad.mixers.growing import append
 
@@ -74,3 +76,30 @@ def test_runs_under_vmap_and_compile():
     torch.testing.assert_close(torch.vmap(append)(x, y), torch.cat((x, y), 2))
     compiled = torch.compile(append, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x[0], y[0]), torch.cat((x[0], y[0]), 1))
+
+
+def test_what_does_not_fit_is_refused_as_cat_refuses_it():
+    state = append(slots(3), slots(1))
+    for new in (slots(1)[..., :1], slots(1)[:1], slots(1, rows=1), slots(1).to("meta")):
+        with pytest.raises(RuntimeError):
+            torch.cat((state, new), 1)
+        with pytest.raises(RuntimeError):
+            append(state, new)
+    wide = append(state, slots(1).double())
+    assert wide.dtype == torch.float64 and append(wide, slots(1)).dtype == torch.float64
+    torch.testing.assert_close(append(state, slots(1))[:, :4], state)  # its right is not spent
+
+
+def test_a_mode_sees_it_called():
+    seen = []
+
+    class Watcher(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    state, new = append(slots(3), slots(1)), slots(1)
+    with Watcher():
+        grown = append(state, new=new)
+    assert seen == [append]
+    torch.testing.assert_close(grown, torch.cat((state, new), 1))

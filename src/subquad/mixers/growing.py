@@ -14,16 +14,19 @@ import torch
 from torch import Tensor
 
 from subquad.recurrence.eager import is_plain
+from subquad.recurrence.overrides import overridable
 
 _SPARE = 0.5  # of the slots held: a slot is then copied twice on average, and a third may be empty
 
 
+@overridable
 def append(slots: Tensor, new: Tensor) -> Tensor:
     """[B,S,...] and [B,T,...] -> [B,S+T,...] as `torch.cat` gives, in amortised O(T) time.
 
-    Where a gradient is recorded, or something watches every operation, it is `torch.cat`.
+    Where a gradient is recorded, something watches every operation, or the two differ in more than
+    S and T, it is `torch.cat`, which promotes dtypes and refuses the rest.
     """
-    if not is_plain((slots, new)) or slots.dtype != new.dtype:
+    if not is_plain((slots, new)) or not _alike(slots, new):
         return torch.cat((slots, new), dim=1)
     S, total = slots.shape[1], slots.shape[1] + new.shape[1]
     rights: dict[int, Tensor] = getattr(slots, "_room", {})
@@ -38,6 +41,15 @@ def append(slots: Tensor, new: Tensor) -> Tensor:
     grown = buffer[:, :total]
     grown._room = rights  # type: ignore[attr-defined]
     return grown
+
+
+def _alike(slots: Tensor, new: Tensor) -> bool:
+    """Writing into a buffer would convert, move and broadcast where `torch.cat` does not."""
+    return (
+        slots.dtype == new.dtype
+        and slots.device == new.device
+        and slots.shape[:1] + slots.shape[2:] == new.shape[:1] + new.shape[2:]
+    )
 
 
 def _sealed(buffer: Tensor) -> bool:

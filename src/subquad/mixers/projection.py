@@ -6,13 +6,29 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from subquad.recurrence.linear import linear
 
+_FORWARD = nn.Linear.forward
+
 
 def project(module: nn.Module, x: Tensor) -> Tensor:
     """`module(x)`, by `linear` if it is a projection that nobody replaced, hooked or wrapped."""
-    if torch.compiler.is_compiling() or type(module) is not nn.Linear:
+    if (
+        torch.compiler.is_compiling()
+        or type(module) is not nn.Linear
+        or nn.Linear.forward is not _FORWARD
+        or is_watched(module)
+        or _has_any_global_hook()
+    ):
         y: Tensor = module(x)
         return y
+    return linear(x, module.weight, module.bias)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody wants to see the module called, or calls something else in its place."""
     own = vars(module)
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
-        return module(x)
-    return module(x) if _has_any_global_hook() else linear(x, module.weight, module.bias)
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or "forward" in own
+        or "_compiled_call_impl" in own  # module.compile()
+    )

@@ -14,7 +14,7 @@ from subquad.recurrence.eager import can_call_compiled_code
 from subquad.recurrence.explanation import Explanation, tell, watched
 from subquad.recurrence.gpu import can_call_kernels, may_overwrite, records_gradient
 from subquad.recurrence.overrides import overridable
-from subquad.recurrence.reference import Delta, Erase, LowRank
+from subquad.recurrence.reference import Delta, Erase, LowRank, parts
 from subquad.recurrence.spec import FORMS, Recurrence
 from subquad.recurrence.validate import (
     check_cu_seqlens,
@@ -298,10 +298,8 @@ def _one_token_gpu(
     """Decoding: one launch, in place where the state's owner allows it."""
     from subquad.kernels import matrix_step
 
-    beta = erase.beta if isinstance(erase, Delta) else None
-    a, b = (erase.a, erase.b) if isinstance(erase, LowRank) else (None, None)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    given = (q, k, v, log_decay, beta, a, b, bonus, scale, state)
+    given = (q, k, v, log_decay, *parts(erase), bonus, scale, state)
     if state is not None and may_overwrite(state):
         return matrix_step.step_(*given), state
     o, new = matrix_step.step(*given)
@@ -326,19 +324,15 @@ def _one_token(
         state = torch.zeros(q.shape[0], v.shape[2], q.shape[3], v.shape[3])
     if scale is None:
         scale = q.shape[3] ** -0.5
-    beta = erase.beta if isinstance(erase, Delta) else None
-    a, b = (erase.a, erase.b) if isinstance(erase, LowRank) else (None, None)
     result: tuple[Tensor, Tensor] = matrix_step_cpu.step(
-        q, k, v, log_decay, beta, a, b, bonus, scale, state
+        q, k, v, log_decay, *parts(erase), bonus, scale, state
     )
     return result
 
 
 def _tensors(erase: Erase) -> tuple[Tensor, ...]:
     """Those of an erase."""
-    if isinstance(erase, Delta):
-        return (erase.beta,)
-    return (erase.a, erase.b) if isinstance(erase, LowRank) else ()
+    return tuple(x for x in parts(erase) if x is not None)
 
 
 def _check(

@@ -44,6 +44,13 @@ class LowRank:
 Erase = Delta | LowRank | None
 
 
+def parts(erase: Erase) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(beta, a, b) of an erase: Delta has the first, LowRank the other two."""
+    if isinstance(erase, Delta):
+        return erase.beta, None, None
+    return (None, erase.a, erase.b) if isinstance(erase, LowRank) else (None, None, None)
+
+
 def step(
     q: Tensor,  # [B,Hk,K], scaled already
     k: Tensor,  # [B,Hk,K]
@@ -100,17 +107,9 @@ def loop(
         return _loop_packed(q, k, v, log_decay, erase, bonus, state, cu_seqlens)
     outputs = []
     for t in range(q.shape[1]):
-        o, state = step(
-            q[:, t],
-            k[:, t],
-            v[:, t],
-            decay_at(log_decay, t),
-            erase.beta[:, t] if isinstance(erase, Delta) else None,
-            erase.a[:, t] if isinstance(erase, LowRank) else None,
-            erase.b[:, t] if isinstance(erase, LowRank) else None,
-            bonus,
-            state,
-        )
+        beta, a, b = (None if x is None else x[:, t] for x in parts(erase))
+        decay = decay_at(log_decay, t)
+        o, state = step(q[:, t], k[:, t], v[:, t], decay, beta, a, b, bonus, state)
         outputs.append(o)
     return torch.stack(outputs, dim=1), state
 
