@@ -78,8 +78,9 @@ def linear_recurrence(
     Returns:
         o [B,T,H,V] in v's dtype, and the final state, like `state`. Both are differentiable. The
         computation is in float32 for float16/bfloat16/float32 inputs, whatever autocast says. The
-        GPU kernels take the operands of products in bfloat16 where the inputs are. "numba" and
-        "triton" have first derivatives only; "torch" has all.
+        GPU kernels take the operands of products in bfloat16 where the inputs are. "triton"
+        has first derivatives only; "torch" has all, and "numba" takes those of "torch" where
+        gradients are themselves differentiated.
 
     Raises:
         ValueError: what is wrong, what was expected and the fix, by the argument's name.

@@ -1,6 +1,6 @@
 """The compiled chunked form of the CPU as an operator: autograd and `torch.compile` see one node.
 
-First derivatives only, as of every compiled kernel here; `forms.py` has all of them.
+Its backward pass is compiled, too; higher derivatives are those of `forms.py`.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from subquad.recurrence import forms
+from subquad.recurrence.derivatives import recorded_gradients, will_be_differentiated
 from subquad.recurrence.eager import can_call_operators
 from subquad.recurrence.reference import Delta, Erase, LowRank
 
@@ -126,6 +128,16 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _gradients(ctx, do, dfinal, _):  # type: ignore[no-untyped-def]
     q, k, v, log_decay, beta, state, starts, cu_seqlens = ctx.saved_tensors
+    if will_be_differentiated():
+
+        def form(q, k, v, log_decay, beta, state):  # type: ignore[no-untyped-def]
+            erase = None if beta is None else Delta(beta)
+            return forms.chunked(
+                q * ctx.scale, k, v, log_decay, erase, None, state, cu_seqlens, CHUNK
+            )
+
+        found = recorded_gradients(form, (q, k, v, log_decay, beta, state), (do, dfinal))
+        return *found[:5], None, found[5], None, None
     do = torch.zeros_like(v) if do is None else do
     dfinal = torch.zeros_like(state) if dfinal is None else dfinal
     dq, dk, dv, dlog_decay, dbeta, dstate = _chunked_backward(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.recurrence.derivatives import recorded_gradients, will_be_differentiated
 from subquad.recurrence.eager import can_call_compiled_code
 from subquad.recurrence.gpu import can_call_kernels, may_overwrite, records_gradient
 from subquad.recurrence.overrides import overridable
@@ -227,6 +228,12 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 def _gradients(ctx, dy):  # type: ignore[no-untyped-def]
     x, weight, bias, state, cu_seqlens = ctx.saved_tensors
+    if will_be_differentiated():
+
+        def form(x, weight, bias, state):  # type: ignore[no-untyped-def]
+            return (_convolve(x, weight, bias, state, cu_seqlens, ctx.silu),)
+
+        return *recorded_gradients(form, (x, weight, bias, state), (dy,)), None, None
     dx, dweight, dbias, dstate = _convolve_cpu_backward(
         dy, x, weight, bias, state, cu_seqlens, ctx.silu
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from subquad.recurrence import scan
+from subquad.recurrence.derivatives import recorded_gradients, will_be_differentiated
 from subquad.recurrence.eager import can_call_compiled_code
 from subquad.recurrence.explanation import Explanation, tell, watched
 from subquad.recurrence.overrides import overridable
@@ -280,7 +281,14 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _gradients(ctx, dy, dlast, _):  # type: ignore[no-untyped-def]
-    return *_scan_backward_op(dy, dlast, *ctx.saved_tensors, ctx.impl), None, None, None
+    *inputs, cu_seqlens, checkpoints = ctx.saved_tensors
+    if will_be_differentiated():
+        found = recorded_gradients(
+            lambda *given: _reference(*given, cu_seqlens), inputs, (dy, dlast)
+        )
+        return *found, None, None, None
+    found = _scan_backward_op(dy, dlast, *inputs, cu_seqlens, checkpoints, ctx.impl)
+    return *found, None, None, None
 
 
 _scan_op.register_autograd(_gradients, setup_context=_setup)

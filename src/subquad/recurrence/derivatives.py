@@ -1,0 +1,50 @@
+"""Higher derivatives of compiled operators: those of the same recurrence in plain PyTorch.
+
+A compiled backward pass is itself not differentiable. Where its own gradients will be wanted
+(`create_graph=True`: gradient penalties, Hessian-vector products, learning to learn), PyTorch runs
+it with gradients enabled, and only then; it then gives way to a form that PyTorch can follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def will_be_differentiated() -> bool:
+    """Asked in a backward pass: whether gradients of these gradients are wanted."""
+    return torch.is_grad_enabled()
+
+
+def recorded_gradients(
+    form: Callable[..., tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    gradients: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients with respect to `inputs`, as a part of autograd's graph.
+
+    Args:
+        form: from `inputs` to outputs, in operations that PyTorch differentiates any number of
+            times.
+        inputs: as they came to the operator; None for those that were not given.
+        gradients: with respect to each output; None for those that nothing depended on.
+
+    Returns:
+        One for each input; None for what needs none.
+    """
+    # A view each: a tensor that is given as two arguments has a gradient through either.
+    own = [None if x is None else x.view_as(x) for x in inputs]
+    outputs = [pair for pair in zip(form(*own), gradients, strict=True) if pair[1] is not None]
+    needed = [x for x in own if x is not None and x.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            [output for output, _ in outputs],
+            needed,
+            [gradient for _, gradient in outputs],
+            create_graph=True,
+            allow_unused=True,
+        )
+    )
+    return [next(found) if x is not None and x.requires_grad else None for x in own]

@@ -1,0 +1,114 @@
+"""Derivatives of derivatives: compiled operators give way to forms that PyTorch can follow."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from subquad import Delta, SubquadConfig, SubquadForCausalLM, linear_recurrence
+from subquad.recurrence import selective_scan, short_convolution, watch
+
+B, T, H, K, V = 2, 70, 2, 5, 3
+PACKED = torch.tensor([0, 1, 40, 70])
+
+
+def second_gradients(f: Callable[..., tuple[Tensor, ...]], inputs: list[Tensor]) -> list[Tensor]:
+    """Of the squared norm of the first gradients of a fixed function of what `f` returns."""
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    loss = sum(torch.sin(y + i).sum() for i, y in enumerate(f(*leaves)))
+    first = torch.autograd.grad(loss, leaves, create_graph=True)
+    penalty = sum(g.square().sum() for g in first)
+    return list(torch.autograd.grad(penalty, leaves))
+
+
+def check(compiled, exact, inputs: list[Tensor]) -> None:
+    """In float32 against the reference form in float64."""
+    found = second_gradients(compiled, inputs)
+    due = second_gradients(exact, [x.double() for x in inputs])
+    for a, b in zip(found, due, strict=True):
+        assert b.norm() > 0
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("erase", [False, True], ids=["no erase", "delta"])
+@pytest.mark.parametrize("gates", [(), (H,), (1, T, H)], ids=["none", "fixed", "per head"])
+@pytest.mark.parametrize("cu_seqlens", [None, PACKED], ids=["rows", "packed"])
+def test_of_the_matrix_recurrence(erase, gates, cu_seqlens):
+    torch.manual_seed(0)
+    k = torch.nn.functional.normalize(torch.randn(1, T, H, K), dim=-1)
+    state = torch.randn(1 if cu_seqlens is None else 3, H, K, V)
+    given = {"q": torch.randn(1, T, H, K), "k": k, "v": torch.randn(1, T, H, V), "state": state}
+    if gates:
+        given["log_decay"] = -torch.rand(gates)
+    if erase:
+        given["beta"] = torch.rand(1, T, H)
+
+    def run(form: str):
+        def f(*tensors):
+            named = dict(zip(given, tensors, strict=True))
+            if erase:
+                named["erase"] = Delta(named.pop("beta"))
+            return linear_recurrence(**named, cu_seqlens=cu_seqlens, form=form)
+
+        return f
+
+    inputs = list(given.values())
+    with watch() as calls:
+        run("auto")(*inputs)
+    assert calls[0].impl == "numba"
+    check(run("auto"), run("recurrent"), inputs)
+
+
+def test_of_a_tensor_that_is_given_twice():
+    torch.manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(1, T, H, K), dim=-1)
+    check(
+        lambda x: linear_recurrence(x, x, x),
+        lambda x: linear_recurrence(x, x, x, form="recurrent"),
+        [x],
+    )
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, PACKED], ids=["rows", "packed"])
+def test_of_the_short_convolution(cu_seqlens):
+    torch.manual_seed(0)
+    N = 1 if cu_seqlens is None else 3
+    inputs = [torch.randn(1, T, 8), torch.randn(8, 4), torch.randn(8), torch.randn(N, 3, 8)]
+
+    def f(x, weight, bias, state):
+        return short_convolution(x, weight, bias, "silu", state, cu_seqlens)
+
+    check(f, f, inputs)  # float64 runs in plain PyTorch
+
+
+@pytest.mark.parametrize("impl", ["numba", "torch"])
+def test_of_the_selective_scan(impl):
+    torch.manual_seed(0)
+    x, dt, A = torch.randn(B, T, 4), torch.rand(B, T, 4), -torch.rand(4, 3) - 0.1
+    inputs = [x, dt, A, torch.randn(B, T, 3), torch.randn(B, T, 3), torch.randn(4)]
+    check(
+        lambda *given: selective_scan(*given, impl=impl),
+        lambda *given: selective_scan(*given, impl="reference"),
+        inputs,
+    )
+
+
+@pytest.mark.parametrize("row", ["gated_deltanet", "mamba", "mamba2"])
+def test_a_hessian_of_a_model_times_a_vector(row):
+    """Compiled in float32, and in float64, which runs in plain PyTorch."""
+    torch.manual_seed(0)
+    model = SubquadForCausalLM(SubquadConfig(hidden_size=32, num_hidden_layers=1, mixer=row))
+    ids = torch.randint(0, 256, (2, 30))
+    direction = torch.randn_like(model.model.embed_tokens.weight)
+
+    def product() -> Tensor:
+        weight = model.model.embed_tokens.weight
+        loss = model(input_ids=ids, labels=ids).loss
+        (gradient,) = torch.autograd.grad(loss, weight, create_graph=True)
+        return torch.autograd.grad(gradient, weight, direction.to(weight.dtype))[0]
+
+    found = product()
+    model.double()
+    due = product()
+    assert (found - due).norm() <= 1e-4 * due.norm()
