@@ -25,13 +25,15 @@ def test_an_experiment_is_run_in_parts_and_judged_when_its_rows_are_there(
     evidence, monkeypatch, tmp_path
 ):
     tiny = {"parameters": 30_000, "batch_size": 2, "test_sequences": 4, "eval_every": 2}
+    import experiments
+
     small = dataclasses.replace(
         evidence.EXPERIMENTS["parity"],
         rows=("deltanet:allow_negative_eigenvalues", "deltanet"),
-        sizes={"small": evidence.Size((tiny,), note="Tiny.")},
+        sizes={"small": experiments.Size((tiny,), note="Tiny.")},
         claims=(
-            ("the one learns", lambda v: evidence.at(v, "deltanet", 0) > 2),
-            ("the other is there", lambda v: evidence.at(v, small.rows[0], 0) > -2),
+            ("the one learns", lambda v: experiments.at(v, "deltanet", 0) > 2),
+            ("the other is there", lambda v: experiments.at(v, small.rows[0], 0) > -2),
         ),
     )
     monkeypatch.setitem(evidence.EXPERIMENTS, "parity", small)
@@ -55,23 +57,67 @@ def test_an_experiment_is_run_in_parts_and_judged_when_its_rows_are_there(
     assert (tmp_path / "out" / "parity-small-3-steps.svg").exists()
 
 
-def test_the_best_rate_counts_and_the_median_of_its_seeds(evidence):
-    class Result:
-        def __init__(self, *values):
-            self.tests = [
-                type("T", (), {"name": f"t{i}", "value": v}) for i, v in enumerate(values)
-            ]
-            self.value = values[0]
+class FakeRun:
+    """What `best_of` reads of a run."""
 
-    runs = {1e-3: [(0.9, 0.1), (0.7, 0.3), (0.8, None)], 1e-2: [(1.0, 1.0), (0.1, 0.0), (0.2, 0.0)]}
-    found = [
-        ("gla", lr, seed, Result(*values), None)
-        for lr, seeds in runs.items()
-        for seed, values in enumerate(seeds)
-    ]
-    values, chosen = evidence.best_of(found)
-    assert values == {"gla": {"t0": 0.8, "t1": 0.2}}
-    assert chosen["gla"].value == 0.9
+    def __init__(self, lr, *values):
+        test = dataclasses.make_dataclass("Test", ["name", "value"])
+        self.job = dataclasses.make_dataclass("Job", ["label", "lr"])("gla", lr)
+        self.row = dataclasses.make_dataclass("Row", ["tests"])(
+            [test(f"t{i}", value) for i, value in enumerate(values)]
+        )
+
+
+def test_the_best_rate_counts_and_the_median_of_its_seeds(evidence):
+    import evidence_report
+
+    first = [FakeRun(1e-3, 0.9, 0.1), FakeRun(1e-3, 0.7, 0.3), FakeRun(1e-3, 0.8, None)]
+    second = [FakeRun(1e-2, 1.0, 1.0), FakeRun(1e-2, 0.1, 0.0), FakeRun(1e-2, 0.2, 0.0)]
+    values, chosen = evidence_report.best_of(first + second)
+    assert values == {"gla": {"t0": 0.8, "t1": 0.2}} and chosen == {"gla": first}
+    further = [FakeRun(1e-3, 0.999, 0.2), FakeRun(1e-2, 0.996, 0.9)]  # equally good as trained
+    assert evidence_report.best_of(further)[0]["gla"]["t1"] == 0.9
+
+
+def test_values_of_a_row_rise_with_its_width(evidence):
+    import experiments
+
+    values = {f"{row} d={d}": {"t": d / 100} for row in ("gla", "mamba") for d in (64, 128, 32)}
+    assert experiments.widths(values, "gla") == [0.32, 0.64, 1.28]
+    with pytest.raises(KeyError):
+        experiments.widths(values, "s4d")
+
+
+def test_jobs_run_side_by_side_until_the_deadline(evidence, monkeypatch, tmp_path, capsys):
+    work = tmp_path / "work"
+
+    def run(*words: str) -> str:
+        given = ["--work", str(work), "--out", str(tmp_path / "out"), "--steps", "2", *words]
+        monkeypatch.setattr(sys, "argv", ["evidence.py", "parity@cpu", *given])
+        evidence.main()
+        return capsys.readouterr().out
+
+    asked = ("--only", "retnet,gla", "--cpu-jobs", "2")
+    told = run(*asked, "--deadline", "1", "--reserve", "0")
+    assert "2 of 2 are not finished" in told  # too little time to begin
+    told = run(*asked, "--deadline", "100")
+    assert "0 of 2 are not finished" in told and told.count("2 steps of") == 2
+    assert len(list(work.glob("parity-small-2-steps/*/*/result.json"))) == 2
+    assert "0 of 0" in run(*asked)  # nothing runs again
+    page = run("--report")
+    assert "Not run: deltanet" in page and "| `gla` |" in page
+
+
+def test_what_cannot_be_run_is_refused_by_name(evidence):
+    import evidence_jobs
+
+    part = evidence_jobs.Part.parse("mqar:medium@cpu", "small", "auto")
+    assert (part.name, part.size, part.device) == ("mqar", "medium", "cpu")
+    assert len({job.place for job in part.jobs()}) == len(list(part.jobs())) == 60
+    with pytest.raises(ValueError, match=r"got 'mqr'; expected one of selective_copying"):
+        evidence_jobs.Part.parse("mqr", "small", "auto")
+    with pytest.raises(ValueError, match=r"mqar has sizes \['small', .*\], not 'long'"):
+        evidence_jobs.Part.parse("mqar:long", "small", "auto")
 
 
 def test_every_size_of_every_experiment_can_be_planned(evidence):

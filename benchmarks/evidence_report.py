@@ -1,0 +1,204 @@
+"""An experiment's results as JSON, a plot and a page: the paper's figure beside ours, a verdict."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, NamedTuple
+
+from evidence_jobs import Job, Part
+from experiments import EXPERIMENTS, Experiment, Values, at
+
+from subquad.arena.results import write_atomically, write_json
+from subquad.arena.task_results import TaskArenaResults, TaskPlan, TaskRowResult
+
+_CURVE = 100  # points of a learning curve that are kept
+
+
+class Run(NamedTuple):
+    """A job and what came of it."""
+
+    job: Job
+    results: TaskArenaResults
+
+    @property
+    def row(self) -> TaskRowResult:
+        return self.results.rows[0]
+
+    @property
+    def plan(self) -> TaskPlan:
+        return self.results.plan
+
+
+def best_of(found: Sequence[Run]) -> tuple[Values, dict[str, list[Run]]]:
+    """By label: test values of the best learning rate, medians over its seeds; and its runs.
+
+    The best is the one with the greatest median as trained; of rates equal to two decimals, the one
+    with the greatest mean of the other tests.
+    """
+    values: Values = {}
+    chosen: dict[str, list[Run]] = {}
+    for label in dict.fromkeys(run.job.label for run in found):
+        rates: dict[float | None, list[Run]] = {}
+        for run in found:
+            if run.job.label == label:
+                rates.setdefault(run.job.lr, []).append(run)
+        tests = {lr: _medians(runs) for lr, runs in rates.items()}
+        best = max(tests, key=lambda lr: _merit(tests[lr]))
+        values[label], chosen[label] = tests[best], rates[best]
+    return values, chosen
+
+
+def _medians(runs: Sequence[Run]) -> dict[str, float | None]:
+    medians: dict[str, float | None] = {}
+    for tests in zip(*(run.row.tests for run in runs)):
+        known = [test.value for test in tests if test.value is not None]
+        medians[tests[0].name] = median(known) if known else None
+    return medians
+
+
+def _merit(tests: dict[str, float | None]) -> tuple[float, float]:
+    known = [value for value in tests.values() if value is not None]
+    return (round(known[0], 2), fmean(known)) if known else (-1.0, -1.0)
+
+
+def verdicts(experiment: Experiment, values: Values) -> list[dict[str, Any]]:
+    """Each claim with whether our numbers bear it out; None while rows it needs are missing."""
+    answers: list[dict[str, Any]] = []
+    for text, holds in experiment.claims:
+        try:
+            answers.append({"claim": text, "holds": holds(values)})
+        except KeyError:  # a row that was not run
+            answers.append({"claim": text, "holds": None})
+    return answers
+
+
+def write(part: Part, found: Sequence[Run], out: Path) -> None:
+    """NAME-SIZE.json, .md and .svg in `out`."""
+    experiment = EXPERIMENTS[part.name]
+    places = list(experiment.rows)
+    found = sorted(found, key=lambda run: (places.index(run.job.row), run.row.shape.parameters))
+    values, chosen = best_of(found)
+    labels = dict.fromkeys(job.label for job in part.jobs())
+    record = {
+        "experiment": part.name,
+        "size": part.label.removeprefix(f"{part.name}-"),
+        "question": experiment.question,
+        "paper": {"source": experiment.paper, "reported": experiment.reported},
+        "environment": found[0].plan.environment,
+        "recipe": asdict(found[0].plan.recipe),
+        "note": part.plan.note,
+        "values": values,
+        "chosen": {label: _chosen(runs) for label, runs in chosen.items()},
+        "verdict": verdicts(experiment, values),
+        "missing": [label for label in labels if label not in values],
+        "runs": [_run(run) for run in found],
+    }
+    write_json(out / f"{part.label}.json", record)
+    write_atomically(out / f"{part.label}.md", page(record))
+    plot(experiment, values, chosen, out / f"{part.label}.svg", f"{part.name}, {record['size']}")
+    print(page(record))
+
+
+def _chosen(runs: Sequence[Run]) -> dict[str, Any]:
+    first = runs[0].row
+    return {
+        "lr": runs[0].plan.recipe.lr,
+        "steps": [run.row.steps for run in runs],
+        "cut": any(run.row.cut for run in runs),
+        "parameters": first.shape.parameters,
+        "state_bytes": first.state_bytes,
+    }
+
+
+def _run(run: Run) -> dict[str, Any]:
+    """All of a run, its curves thinned."""
+    result = asdict(run.row)
+    for name in ("loss_steps", "losses"):
+        kept = result[name][:: -(-len(result[name]) // _CURVE) or 1]
+        result[name] = [float(f"{value:.4g}") if name == "losses" else value for value in kept]
+    asked = {"label": run.job.label, "lr": run.job.lr, "seed": run.job.seed}
+    return asked | {"config": asdict(run.plan.config), "result": result}
+
+
+def page(record: dict[str, Any]) -> str:
+    """The table and the verdict in Markdown."""
+    values: Values = record["values"]
+    tests = list(next(iter(values.values())))
+    shown = tests if len(tests) <= 6 else [tests[round(i * (len(tests) - 1) / 5)] for i in range(6)]
+    reported = record["paper"]["reported"]
+    lines = [
+        f"# {record['experiment']}, {record['size']} size",
+        "",
+        record["question"],
+        "",
+        f"Paper: {record['paper']['source']}. Ours: {_conditions(record)} {record['note']}".strip(),
+        "",
+        f"| row | {' | '.join(shown)} | lr | steps | parameters | state, bytes | paper |",
+        f"|---|{'--:|' * (len(shown) + 4)}---|",
+    ]
+    for label, row in values.items():
+        best = record["chosen"][label]
+        cells = ["not run" if row[test] is None else f"{row[test]:.3f}" for test in shown]
+        steps = f"{min(best['steps']):,}" + (", cut" if best["cut"] else "")
+        cells += [f"{best['lr']:g}", steps, f"{best['parameters']:,}", f"{best['state_bytes']:,}"]
+        lines.append(f"| `{label}` | {' | '.join(cells)} | {reported.get(label.split()[0], '')} |")
+    lines += ["", "Verdict:", ""]
+    said = {True: "holds", False: "does not hold", None: "not judged: rows are missing"}
+    lines += [f"- {answer['claim']}: **{said[answer['holds']]}**" for answer in record["verdict"]]
+    if record["missing"]:
+        lines += ["", f"Not run: {', '.join(record['missing'])}."]
+    return "\n".join(lines) + "\n"
+
+
+def _conditions(record: dict[str, Any]) -> str:
+    """How it was run, in sentences."""
+    recipe, environment, runs = record["recipe"], record["environment"], record["runs"]
+    rates = sorted({run["lr"] or recipe["lr"] for run in runs})
+    seeds = sorted({run["seed"] for run in runs})
+    several = len(seeds) > 1
+    sentences = [
+        f"up to {recipe['steps']:,} steps of {recipe['batch_size']}, {recipe['layers']} layers, "
+        f"learning rate{'s' if len(rates) > 1 else ''} {', '.join(f'{lr:g}' for lr in rates)}"
+        f"{' (the best as trained counts)' if len(rates) > 1 else ''}, "
+        f"seed{'s' if several else ''} {', '.join(map(str, seeds))}"
+        f"{' (medians)' if several else ''}; {environment['device']} "
+        f"({environment['processor']}, {environment['threads']} threads), {environment['date']}."
+    ]
+    if any(best["cut"] for best in record["chosen"].values()):
+        sentences.append(
+            "Rows marked cut were ended by the clock, on machines that many rows shared; their "
+            "learning rate had fallen with it."
+        )
+    return " ".join(sentences)
+
+
+def plot(
+    experiment: Experiment,
+    values: Values,
+    chosen: dict[str, list[Run]],
+    file: Path,
+    title: str,
+) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for label, tests in values.items():
+        first = chosen[label][0].row
+        if experiment.against == "state_bytes":
+            point = (first.state_bytes, at(values, label, 0))
+            lines.setdefault(label.split(" ")[0], []).append(point)
+        else:
+            known = zip(first.tests, tests.values())
+            lines[label] = sorted((t.positions, value) for t, value in known if value is not None)
+    for index, (label, points) in enumerate(lines.items()):
+        style = "-" if index < 10 else "--"  # there are ten colours
+        axes.plot(*zip(*points), marker="o", markersize=4, linestyle=style, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel(experiment.against.replace("_", " "))
+    axes.set_ylabel(experiment.quantity)
+    axes.set_title(title)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(file, metadata={"Date": None})
