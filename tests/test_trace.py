@@ -16,11 +16,20 @@ from subquad.recurrence.eager import can_call_compiled_code
 from subquad.recurrence.linear import linear
 from subquad.recurrence.norm import l2_norm
 from subquad.recurrence.operations import Untraceable
+from subquad.recurrence.recording import Recording
 from subquad.recurrence.trace import Trace
 
 X = torch.cat([torch.randn(1, 2, 34), 30 * torch.randn(1, 2, 6)], -1)  # large ones among them
 Z = torch.randn(1, 2, 40)
 BIAS = nn.Parameter(torch.randn(40))
+
+
+def trace(layers, examples):
+    """Of a function from tensors to tensors."""
+    recording = Recording()
+    inputs = [recording.input(x.shape) for x in examples]
+    return Trace(recording, inputs, recording.record(layers, inputs))
+
 
 OPERATIONS = {
     "exp": lambda x, z: x.exp() + torch.exp(z),
@@ -53,10 +62,10 @@ OPERATIONS = {
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_are_pytorchs(name):
     operation = OPERATIONS[name]
-    trace = Trace(lambda t: [operation(*t)], [X, Z])
+    traced = trace(lambda t: [operation(*t)], [X, Z])
     for scale in (1.0, -0.5):  # other numbers than it was traced with
         x, z = scale * X, Z + scale
-        [got] = trace.run([x, z])
+        [got] = traced.run([x, z])
         want = operation(x, z).detach()
         assert got.shape == want.shape
         torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-6)
@@ -65,7 +74,7 @@ def test_operations_are_pytorchs(name):
 def test_special_numbers_keep_their_meaning():
     x = torch.tensor([[[float("nan"), float("inf"), -float("inf"), 0.0, -200.0, 200.0]]])
     for operation in (torch.exp, torch.sigmoid, F.softplus, F.relu, F.elu):
-        [got] = Trace(lambda t, f=operation: [f(t[0])], [x]).run([x])
+        [got] = trace(lambda t, f=operation: [f(t[0])], [x]).run([x])
         np.testing.assert_allclose(got, operation(x), rtol=2e-6, atol=1e-30)
 
 
@@ -74,7 +83,7 @@ def test_outputs_never_share_memory():
         y = tensors[0] + 1
         return [y, y, y[..., :3], tensors[0]]
 
-    outputs = Trace(twice, [X]).run([X])
+    outputs = trace(twice, [X]).run([X])
     for got, want in zip(outputs, (X + 1, X + 1, (X + 1)[..., :3], X)):
         assert torch.equal(got, want)
     assert len({y.data_ptr() for y in (*outputs, X)}) == 5
@@ -105,9 +114,9 @@ SCAN = (draw(1, 1, 24), draw(1, 1, 24).exp(), -draw(24, 8).exp(), draw(1, 1, 8),
 @pytest.mark.parametrize("name", ENGINES)
 def test_engines_are_what_they_are_untraced(name):
     state = draw(1, 4, 8, 6)
-    trace = Trace(lambda t: ENGINES[name](*t), [state])
+    traced = trace(lambda t: ENGINES[name](*t), [state])
     for start in (state, 2 * state):
-        for got, want in zip(trace.run([start]), ENGINES[name](start)):
+        for got, want in zip(traced.run([start]), ENGINES[name](start)):
             torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-6)
 
 
@@ -130,7 +139,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_unknown_is_refused(name):
     with pytest.raises(Untraceable):
-        Trace(lambda t: [REFUSED[name](t[0])], [X])
+        trace(lambda t: [REFUSED[name](t[0])], [X])
 
 
 class Leaky(Mixer):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import struct
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -93,17 +94,26 @@ class Tape:
                 self._tensors.append((len(self._numbers), x))
             self._numbers.append(_number(x))
 
+    def mark(self) -> tuple[int, int]:
+        """How far it is recorded, for `cut`."""
+        return len(self._numbers), len(self._tensors)
+
+    def cut(self, mark: tuple[int, int]) -> None:
+        """Take back what was recorded since the mark."""
+        del self._numbers[mark[0] :], self._tensors[mark[1] :]
+
     def free(self, tensors: Sequence[Tensor]) -> None:
         """From now on these, and views of them, are what each `run` is given."""
         own = []
-        begins = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors]
+        places = sorted((x.data_ptr(), x.data_ptr() + x.nbytes, i) for i, x in enumerate(tensors))
+        begins = [begin for begin, _, _ in places]
         for place, x in self._tensors:
             at = x.data_ptr()
-            i = next((i for i, (begin, end) in enumerate(begins) if begin <= at < end), None)
-            if i is None:
-                own.append((place, x))  # and stays alive, for its address is on the tape
+            begin, end, i = places[bisect_right(begins, at) - 1]
+            if begin <= at < end:
+                self._moving.append((place, i, at - begin))
             else:
-                self._moving.append((place, i, at - begins[i][0]))
+                own.append((place, x))  # and stays alive, for its address is on the tape
         self._tensors = own
         self._array = array("q", self._numbers)
 

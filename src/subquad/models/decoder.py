@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, groupby
-from operator import attrgetter, is_not
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,12 @@ from torch.nn.modules.module import _has_any_global_hook
 from subquad.mixers.base import Mixer, State
 from subquad.mixers.convolution import ShortConvolution
 from subquad.mixers.norms import GateThenNorm, NormThenGate, RMSNorm
+from subquad.mixers.projection import is_watched
 from subquad.models.block import Block, SwiGLU, normed
+from subquad.models.look import Look, is_value
+from subquad.recurrence.eager import can_call_compiled_code
 from subquad.recurrence.operations import Untraceable
+from subquad.recurrence.recording import Recording
 from subquad.recurrence.trace import Trace
 
 _KNOWN = {Block, SwiGLU, RMSNorm, NormThenGate, GateThenNorm, ShortConvolution, nn.Linear}
@@ -32,7 +35,7 @@ class Decoder:
     """
 
     def __init__(self) -> None:
-        self._look: _Look | None = None
+        self._look: Look | None = None
         self._pieces: list[_Piece] = []
         self._lock = threading.Lock()  # a trace has room for one token
 
@@ -45,13 +48,19 @@ class Decoder:
         """x [1,1,hidden] after all blocks and the norm, and their states; None where it cannot."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.shape[:2] != (1, 1):
             return None
+        if torch.is_autocast_enabled("cpu") or not can_call_compiled_code((x,)):
+            return None
         known = [state for state in past if state is not None]
-        if len(known) < len(blocks) or not x.is_cpu or not self._lock.acquire(blocking=False):
+        if len(known) < len(blocks) or _has_any_global_hook():
+            return None
+        if not self._lock.acquire(blocking=False):
             return None
         try:
             if self._look is None or self._look.changed(blocks, norm):
-                self._pieces = list(_pieces(blocks, norm, known))
-                self._look = _Look(self._pieces, blocks, norm)
+                self._look = None  # should this be interrupted
+                self._pieces = list(_pieces([*blocks], norm, x, known))
+                traced = [m for p in self._pieces if p.trace is not None for m in p.modules]
+                self._look = Look(traced, blocks, norm)
             states: list[State] = []
             for piece in self._pieces:
                 x, new = piece.run(x, known[len(states) : len(states) + len(piece.blocks)])
@@ -67,16 +76,17 @@ class _Piece:
     one."""
 
     blocks: list[Block]
-    norm: RMSNorm | None
-    trace: Trace | None
-    names: list[tuple[str, ...]]  # of each block's state
+    norm: RMSNorm | None = None
+    trace: Trace | None = None
+    names: Sequence[tuple[str, ...]] = ()  # of each block's state, in the trace's order
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [*self.blocks] if self.norm is None else [*self.blocks, self.norm]
 
     def run(self, x: Tensor, past: list[State]) -> tuple[Tensor, list[State]]:
         """All in order: x and the states of the blocks."""
-        outputs = None
-        if self.trace is not None and not _has_any_global_hook():
-            inputs = [state[name] for names, state in zip(self.names, past) for name in names]
-            outputs = self.trace.run([x, *inputs])
+        outputs = None if self.trace is None else self._run_trace(self.trace, x, past)
         if outputs is not None:
             tensors = iter(outputs[1:])
             return outputs[0], [dict(zip(names, tensors)) for names in self.names]
@@ -86,94 +96,112 @@ class _Piece:
             states.append(state)
         return x if self.norm is None else normed(self.norm, x), states
 
+    def _run_trace(self, trace: Trace, x: Tensor, past: list[State]) -> list[Tensor] | None:
+        if list(map(len, past)) != list(map(len, self.names)):
+            return None  # they will say what is wrong with their states
+        try:
+            inputs = [state[name] for names, state in zip(self.names, past) for name in names]
+        except KeyError:
+            return None
+        return trace.run([x, *inputs])
 
-def _pieces(blocks: nn.ModuleList, norm: RMSNorm, past: list[State]) -> Iterator[_Piece]:
+
+def _pieces(blocks: list[Block], norm: RMSNorm, x: Tensor, past: list[State]) -> Iterator[_Piece]:
     """Blocks that can be traced and blocks that cannot, in turn, and the norm."""
-    stages: list[tuple[nn.Module, State]] = [*zip(blocks, past), (norm, {})]
-    for can, group in groupby(stages, lambda stage: _can_trace(*stage)):
-        modules, states = map(list, zip(*group))
-        ending = modules.pop() if modules[-1] is norm else None
-        names = [tuple(state) for state in states[: len(modules)]]
-        trace = _trace(modules, ending, states) if can and modules else None
-        yield _Piece(modules, ending, trace, names)
+    called: list[Block] = []
+    ended = False
+    while blocks:
+        piece = _traced(blocks, norm, x, past)
+        if piece is None:
+            called.append(blocks[0])
+        else:
+            if called:
+                yield _Piece(called)
+            yield piece
+            called, ended = [], piece.norm is not None
+        done = 1 if piece is None else len(piece.blocks)
+        blocks, past = blocks[done:], past[done:]
+    if not ended:
+        yield _Piece(called, norm)
 
 
-def _trace(blocks: list[Block], norm: RMSNorm | None, past: list[State]) -> Trace | None:
-    """One token through the blocks, from states like these, and the norm; None if it cannot be."""
-    names = [tuple(state) for state in past[: len(blocks)]]
-
-    def stack(tensors: Sequence[Tensor]) -> list[Tensor]:
-        x, rest = tensors[0], iter(tensors[1:])
-        after = []
-        for block, own in zip(blocks, names):
-            x, state = block(x, {name: next(rest) for name in own})
-            after += [state[name] for name in own]
-        return [x if norm is None else normed(norm, x), *after]
-
-    before = [state[name] for state, own in zip(past, names) for name in own]
-    attributes = [vars(m).values() for block in blocks for m in block.modules()]
-    kept = list(chain.from_iterable(attributes))
+def _traced(blocks: list[Block], norm: RMSNorm, x: Tensor, past: list[State]) -> _Piece | None:
+    """As many of the blocks as can be, from the first on, and the norm behind the last of all."""
+    recording, names = Recording(), []
+    x = recording.input(x.shape)
+    inputs, outputs, ending = [x], [], None
     try:
-        trace = Trace(stack, [torch.empty(1, 1, blocks[0].mixer_norm.size), *before])
+        for block, state in zip(blocks, past):
+            own = {name: recording.input(tensor.shape) for name, tensor in state.items()}
+            x, after = _record(recording, block, x, own, state)
+            inputs += own.values()
+            outputs += [after[name] for name in own]
+            names.append(tuple(own))
+        if _can_trace(norm):
+            x = recording.record(normed, norm, x)
+            ending = norm
     except Untraceable:
+        pass
+    if not names:
         return None
-    # Who changes itself when called (a counter) must be called.
-    return None if any(map(is_not, kept, chain.from_iterable(attributes))) else trace
+    return _Piece(blocks[: len(names)], ending, Trace(recording, inputs, [x, *outputs]), names)
 
 
-def _can_trace(module: nn.Module, state: State) -> bool:
-    """Whether all in it is as we made it, plain float32, and does what a trace knows."""
-    inside = list(module.modules())
-    tensors = [*module.parameters(), *state.values()]
+def _record(
+    recording: Recording, block: Block, x: Tensor, own: State, state: State
+) -> tuple[Tensor, State]:
+    """x and the state after the block, from a state `own` like `state`; or Untraceable."""
+    if not _can_trace(block) or any(t.dtype != torch.float32 for t in state.values()):
+        raise Untraceable(f"{type(block).__name__} as it is")
+
+    def call() -> tuple[Tensor, State]:
+        with _unchanged(block):
+            y, after = block(x, own)
+        if {name: t.shape for name, t in after.items()} != {n: t.shape for n, t in own.items()}:
+            raise Untraceable("a state that grows")
+        return y, after
+
+    return recording.record(call)
+
+
+def _can_trace(root: nn.Module) -> bool:
+    """Whether all in it is as we made it, or a user's mixer with settings that are plain values."""
+    modules = list(root.modules())
     return (
-        all(type(m) in _KNOWN or isinstance(m, Mixer) for m in inside)
-        and not any(map(_is_watched, inside))
-        and all(type(p) is nn.Parameter for p in module.parameters())
-        and all(t.dtype == torch.float32 and t.is_cpu and t.is_contiguous() for t in tensors)
-        and (not isinstance(module, Block) or _trace([module], None, [state]) is not None)
+        all(type(m) in _KNOWN or isinstance(m, Mixer) for m in modules)
+        and not any(map(is_watched, modules))
+        and all(type(p) is nn.Parameter and p.is_contiguous() for p in root.parameters())
+        and all(map(_has_plain_settings, modules))
     )
 
 
-def _is_watched(module: nn.Module) -> bool:
-    """Somebody wants to see the module called, or calls something else in its place."""
-    own = vars(module)
-    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
+_BARE = vars(nn.Module()).keys()
 
 
-class _Look:
-    """What some modules, all in them, and their parameters are like, to see whether that changes.
-
-    Everything is looked at with every token, so it is laid out flat once, for quick passes.
-    """
-
-    def __init__(self, pieces: Sequence[_Piece], *roots: nn.Module) -> None:
-        self._roots = roots
-        self._parameters = [p for root in roots for p in root.parameters()]
-        owns = [vars(m) for root in roots for m in root.modules()]
-        # Views, not copies: they show what is there at each look.
-        members = [own[name].values() for own in owns for name in ("_modules", "_parameters")]
-        traced = [block for piece in pieces if piece.trace is not None for block in piece.blocks]
-        settings = [vars(m).values() for block in traced for m in block.modules()]
-        self._values = [*members, *settings]
-        self._kept = list(chain.from_iterable(self._values))  # so that no other gets their identity
-        hooks = ("_forward_hooks", "_forward_pre_hooks")
-        self._sizes = [*owns, *(own[name] for own in owns for name in hooks)]
-        self._seen = self._see()
-
-    def changed(self, *roots: nn.Module) -> bool:
-        return any(map(is_not, roots, self._roots)) or self._see() != self._seen
-
-    def _see(self) -> tuple[list[object], ...]:
-        """Equal at two times if nothing that matters has changed between.
-
-        A `forward` of a module's own is an entry more in its dictionary.
-        """
-        return (
-            list(map(id, chain.from_iterable(self._values))),
-            list(map(len, self._sizes)),
-            list(map(Tensor.data_ptr, self._parameters)),
-            list(map(_DTYPE, self._parameters)),
-        )
+def _has_plain_settings(module: nn.Module) -> bool:
+    """A list that fills as the module is called, for instance, would be the same at each look."""
+    return all(is_value(x) for name, x in vars(module).items() if name not in _BARE)
 
 
-_DTYPE = attrgetter("dtype")
+@contextmanager
+def _unchanged(root: nn.Module) -> Iterator[None]:
+    """Untraceable if the modules change themselves: who counts calls must be called. The change is
+    taken back, since this was no call."""
+    members = ("_parameters", "_buffers", "_modules")
+    owns = [vars(m) for m in root.modules()]
+    owns += [own[name] for own in owns for name in members]
+    before = [dict(own) for own in owns]
+    try:
+        yield
+    finally:
+        changed = [pair for pair in zip(owns, before) if not _same(*pair)]
+        for own, old in changed:
+            for name in own.keys() - old.keys():
+                del own[name]
+            own.update(old)
+    if changed:
+        raise Untraceable("a module that changes itself")
+
+
+def _same(a: dict[str, object], b: dict[str, object]) -> bool:
+    return a.keys() == b.keys() and all(a[name] is b[name] for name in a)

@@ -9,21 +9,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.recurrence.explanation import Explanation
+
 
 class Untraceable(Exception):
     """An operation that has no kernel on a tape; its message names it."""
 
 
 class Recorder(Protocol):
-    """What operations are made of. Results have their memory already, but no numbers yet."""
+    """What puts operations on a tape. Their results have memory already, but no numbers yet."""
+
+    tape: Any
+    told: list[Explanation]
+    weights: list[Tensor]
+
+    def new(self, shape: Sequence[int]) -> Tensor: ...
+
+    def flat(self, x: Tensor) -> Tensor: ...
 
     def unary(
         self, operation: str, x: Tensor, slope: float = 1.0, offset: float = 0.0
     ) -> Tensor: ...
 
     def binary(self, operation: str, x: Tensor | float, z: Tensor | float) -> Tensor: ...
-
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor: ...
 
     def copy(self, x: Tensor, into: Tensor) -> None: ...
 
@@ -95,7 +103,7 @@ def _pad(
 ) -> Tensor:
     if mode != "constant" or min(pad) < 0:
         raise Untraceable(f"pad by {mode}, {pad}")
-    y = F.pad(torch.empty(x.shape), pad, value=value)  # what is around stays from run to run
+    y = F.pad(_like(x), pad, value=value)  # what is around stays from run to run
     inside = y
     for axis, (before, _) in enumerate(zip(pad[::2], pad[1::2])):
         inside = inside.narrow(-1 - axis, before, x.shape[-1 - axis])
@@ -104,21 +112,24 @@ def _pad(
 
 
 def _cat(r: Recorder, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
-    y = torch.cat([torch.empty(x.shape) for x in tensors], dim)
+    y = torch.cat([_like(x) for x in tensors], dim)
     for x, part in zip(tensors, y.split([x.shape[dim] for x in tensors], dim)):
         r.copy(x, part)
     return y
 
 
 def _stack(r: Recorder, tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
-    y = torch.stack([torch.empty(x.shape) for x in tensors], dim)
+    y = torch.stack([_like(x) for x in tensors], dim)
     for x, part in zip(tensors, y.unbind(dim)):
         r.copy(x, part)
     return y
 
 
+def _like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.float32, device="cpu")
+
+
 OPERATIONS: dict[Any, Callable[..., Any]] = {
-    F.linear: lambda r, *args, **kwargs: r.linear(*args, **kwargs),
     F.softplus: _softplus,
     F.logsigmoid: _logsigmoid,
     F.elu: _elu,
@@ -163,8 +174,23 @@ VIEWS = {
     torch.chunk,
     torch.split,
     torch.unbind,
+    Tensor.T.__get__,  # type: ignore[attr-defined]
+    Tensor.mT.__get__,  # type: ignore[attr-defined]
+    Tensor.data.__get__,  # type: ignore[attr-defined]
 }
 
-LOOKS = {Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point}
+# What of a tensor does not depend on its numbers.
+LOOKS = {
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.stride,
+    Tensor.is_floating_point,
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("shape", "ndim", "dtype", "device", "layout", "is_cpu", "is_cuda")
+    ),
+}
 
+# Made of numbers and sizes alone, so that they are the same in each run.
 CONSTANTS = {torch.arange, torch.linspace, torch.empty, torch.zeros, torch.ones, torch.full}
