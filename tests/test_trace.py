@@ -1,20 +1,22 @@
 """Traces: the operations they know equal PyTorch's, and what they do not know is refused."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import subquad
 from subquad import SubquadConfig, SubquadForCausalLM
 from subquad.mixers import MIXERS
 from subquad.mixers.base import Mixer
-from subquad.recurrence import selective_scan
+from subquad.recurrence import selective_scan, short_convolution
 from subquad.recurrence.eager import can_call_compiled_code
 from subquad.recurrence.linear import linear
-from subquad.recurrence.norm import l2_norm
+from subquad.recurrence.norm import gated_rms_norm, l2_norm, rms_norm
 from subquad.recurrence.operations import Untraceable
 from subquad.recurrence.recording import Recording
 from subquad.recurrence.trace import Trace
@@ -120,7 +122,61 @@ def test_engines_are_what_they_are_untraced(name):
             torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-6)
 
 
+def scripted(x):
+    return x.sin() * x
+
+
+with warnings.catch_warnings(action="ignore"):  # it is deprecated, and in use
+    scripted = torch.jit.script(scripted)
+
+
+def unseen(x):
+    with torch._C.DisableTorchFunction():
+        return x.sin()
+
+
+def by_another_way(x):
+    try:
+        return x.sin()
+    except Exception:
+        return x
+
+
+class OfItsOwn(Tensor):
+    pass
+
+
+PLACE, PLACES, WEIGHT = torch.tensor(1), torch.tensor([0, 2]), torch.randn(30, 40)
 REFUSED = {
+    "add alpha": lambda x: torch.add(x, x, alpha=0.5),
+    "floor": lambda x: torch.div(x, x, rounding_mode="floor"),
+    "out": lambda x: torch.exp(x, out=torch.empty(1, 2, 40)),
+    "out of a constant": lambda x: x + torch.zeros(1, 2, 40, out=x),
+    "by a tiny number": lambda x: x / 1e-40,
+    "a constant by value": lambda x: x * torch.full((40,), x[0, 0, 0]),
+    "a size by value": lambda x: x * torch.arange(PLACE)[:1],
+    "a place by value": lambda x: x[:, PLACE],
+    "a part by value": lambda x: x[:, :PLACE],
+    "a start by value": lambda x: x.narrow(1, PLACE, 1),
+    "places in a tensor": lambda x: x[..., PLACES],
+    "places in a list": lambda x: x[..., [0, 2]],
+    "places by truth": lambda x: x[x.new_ones(1, 2, 40) > 0],
+    "several rows": lambda x: F.linear(x, WEIGHT),
+    "a vector of weights": lambda x: F.linear(x[:, 1], WEIGHT[0]),
+    "a row of another shape": lambda x: F.linear(x[:, 1].unflatten(1, (40, 1)), WEIGHT),
+    "one bias for all": lambda x: F.linear(x[:, 1], WEIGHT, BIAS[:1]),
+    "one gate for all": lambda x: gated_rms_norm(x, x[..., :1], 40, None, 1e-5, gate_first=True),
+    "weights of another norm": lambda x: rms_norm(x, 20, BIAS[:30], 1e-5),
+    "parts of a norm": lambda x: rms_norm(x, 16, None, 1e-5),
+    "scripted": scripted,
+    "unseen": unseen,
+    "by another way": by_another_way,
+    "vmap": lambda x: torch.vmap(lambda row: row * 2, 1, 1)(x),
+    "grad": lambda x: torch.func.grad(lambda y: (y * y).sum())(x),
+    "numpy's": lambda x: x + torch.from_numpy(np.ones(40, np.float32)),
+    "a class of its own": lambda x: x + torch.ones(40).as_subclass(OfItsOwn),
+    "an error": lambda x: x.view(7),
+    "its version": lambda x: x * x._version,
     "sin": lambda x: x.sin(),
     "a value": lambda x: x if x.sum() > 0 else -x,
     "a number": lambda x: x * x[0, 0, 0].item(),
@@ -140,6 +196,47 @@ REFUSED = {
 def test_what_is_unknown_is_refused(name):
     with pytest.raises(Untraceable):
         trace(lambda t: [REFUSED[name](t[0])], [X])
+
+
+ENGINES_REFUSED = {
+    "two tokens": lambda s: subquad.linear_recurrence(
+        *(x.expand(1, 2, -1, -1) for x in QKV), state=s
+    ),
+    "asked for otherwise": lambda s: subquad.linear_recurrence(*QKV, state=s, impl="torch"),
+    "no state": lambda s: subquad.linear_recurrence(*QKV),
+    "wrong state": lambda s: subquad.linear_recurrence(*QKV, state=s[:, :2]),
+    "two scans": lambda s: selective_scan(
+        *(x.expand(1, 2, -1) for x in SCAN[:2]), SCAN[2], *[SCAN[3].expand(1, 2, -1)] * 2,
+        state=s.reshape(1, 24, 8),
+    ),
+    "another scan": lambda s: selective_scan(
+        *SCAN[:3], SCAN[3][..., :4], SCAN[3], state=s.reshape(1, 24, 8)
+    ),
+    "relu": lambda s: short_convolution(*SCAN[::2][:2], None, "relu", s.view(1, 8, 24)[:, 1:]),
+    "taps": lambda s: short_convolution(*SCAN[::2][:2], state=s.view(1, 8, 24)),
+    "two filters": lambda s: short_convolution(
+        SCAN[0].expand(1, 2, -1), SCAN[2], state=s.view(1, 8, 24)[:, 1:]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENGINES_REFUSED)
+def test_calls_of_engines_that_are_not_one_token_are_refused(name):
+    with pytest.raises(Untraceable):
+        trace(lambda t: ENGINES_REFUSED[name](*t), [draw(1, 4, 8, 6)])
+
+
+def test_what_is_refused_leaves_nothing_on_the_tape():
+    recording = Recording()
+    x = recording.input((1, 4))
+    y = recording.record(lambda x: F.linear(x, WEIGHT[:3, :4]), x)
+    with pytest.raises(Untraceable, match="sin"):
+        recording.record(lambda y: (F.linear(y, WEIGHT[:5, :3]) * 2).sin(), y)
+    z = recording.record(lambda y: y + 1, y)
+    given = draw(1, 4)
+    [got] = Trace(recording, [x], [z]).run([given])
+    torch.testing.assert_close(got, given @ WEIGHT[:3, :4].T + 1)
+    assert len(recording.weights) == 1
 
 
 class Leaky(Mixer):
