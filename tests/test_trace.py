@@ -339,6 +339,16 @@ def test_compiled_code_is_not_called_behind_a_mode():
             assert not can_call_compiled_code([x])
 
 
+def test_a_projection_of_other_shapes_is_pytorchs():
+    x, weight = torch.randn(1, 1, 512), torch.randn(512, 512)
+    assert linear(torch.randn(1 << 16), torch.randn(1 << 16)).ndim == 0
+    torch.testing.assert_close(linear(x, weight, torch.ones(1)), F.linear(x, weight) + 1)
+    with pytest.raises(RuntimeError):
+        linear(x.mT, weight)
+    with pytest.raises(RuntimeError):
+        linear(x, weight, torch.ones(3))
+
+
 def test_compiled_code_makes_results_of_float32_only():
     before = torch.get_default_dtype()
     x, w = torch.randn(1, 1, 512), torch.randn(512, 512)

@@ -12,36 +12,40 @@ from types import BuiltinFunctionType, FunctionType, NoneType
 import torch
 from torch import Tensor, nn
 
-_MEMBERS = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+_SHOWN = ("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks")
 _DTYPE = attrgetter("dtype")
 
 
 class Look:
-    """At all modules in `roots`: their members, hooks, classes, and where their tensors lie.
+    """At modules: their members, hooks, settings, classes, and where their tensors lie.
 
     Everything is looked at with every token, so it is laid out flat once, for quick passes.
 
     Args:
-        watched: of these, and all in them, the settings are looked at too.
-        roots: what `changed` will be given again.
+        traced: of these, and all in them, whatever could change what they compute is looked at; of
+            the others, which may change themselves at every call, what would let them be traced.
+        roots: what `changed` will be given again; all modules are in them.
     """
 
-    def __init__(self, watched: Iterable[nn.Module], *roots: nn.Module) -> None:
+    def __init__(self, traced: Iterable[nn.Module], *roots: nn.Module) -> None:
         self._roots = roots
         self._modules = [m for root in roots for m in root.modules()]
-        self._owns = list(map(vars, self._modules))
-        classes = dict.fromkeys(c for m in self._modules for c in type(m).__mro__[:-1])
-        settings = [vars(m) for root in watched for m in root.modules()]
-        members = [own[name] for own in self._owns for name in _MEMBERS]
+        inside = dict.fromkeys(m for root in traced for m in root.modules())
+        owns = list(map(vars, self._modules))
+        shown = [own[name] for own in owns for name in _SHOWN]
+        settings = [own for m in inside for own in (vars(m), m._buffers)]
+        classes = dict.fromkeys(c for m in inside for c in type(m).__mro__[:-1])
         # Views, not copies: they show what is there at each look.
-        self._values = [d.values() for d in (*members, *settings, *map(vars, classes))]
+        self._values = [d.values() for d in (*shown, *settings, *map(vars, classes))]
         self._kept = list(chain.from_iterable(self._values))  # so that no other gets their identity
-        tensors = [t for root in roots for t in (*root.parameters(), *root.buffers())]
+        self._others = [vars(m) for m in self._modules if m not in inside]
+        tensors: list[Tensor] = [p for root in roots for p in root.parameters()]
+        tensors += [b for m in inside for b in m._buffers.values() if b is not None]
         self._tensors = [t for t in tensors if _lies_somewhere(t)]
         self._seen = self._see()
 
     def changed(self, *roots: nn.Module) -> bool:
-        """Whether anything that matters has."""
+        """Whether anything has."""
         if any(map(is_not, roots, self._roots)):
             return True
         values = list(chain.from_iterable(self._values))
@@ -50,10 +54,9 @@ class Look:
         return self._see() != self._seen
 
     def _see(self) -> tuple[list[object], ...]:
-        """A `forward` of a module's own is an entry more in its dictionary."""
         return (
-            list(map(len, self._owns)),
             list(map(type, self._modules)),
+            ["forward" in own or "_compiled_call_impl" in own for own in self._others],
             list(map(Tensor.data_ptr, self._tensors)),
             list(map(Tensor.size, self._tensors)),
             list(map(Tensor.stride, self._tensors)),

@@ -28,11 +28,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         [..., N].
     """
-    one_row = x.numel() == weight.shape[-1] and weight.numel() >= _WORTH
     given = (x, weight) if bias is None else (x, weight, bias)
-    if one_row and not torch.is_autocast_enabled("cpu") and can_call_compiled_code(given):
+    worth = weight.numel() >= _WORTH and _is_one_row(x, weight, bias)
+    if worth and not torch.is_autocast_enabled("cpu") and can_call_compiled_code(given):
         from subquad.kernels import linear_cpu  # compiles, and imports numba, when first used
 
         y: Tensor = linear_cpu.linear(x, weight, bias)
         return y
     return F.linear(x, weight, bias)
+
+
+def _is_one_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """And shaped as documented: PyTorch knows more, and refuses the rest."""
+    if weight.ndim != 2 or x.shape[-1:] != weight.shape[1:] or x.numel() != weight.shape[1]:
+        return False
+    return bias is None or bias.shape == weight.shape[:1]
