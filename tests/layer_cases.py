@@ -86,8 +86,8 @@ def token(
         with torch.no_grad():
             if in_place:
                 new = state.clone()
-                return matrix_step.step_(**given, scale=0.3, state=new), new
-            return matrix_step.step(**given, scale=0.3, state=state)
+                return matrix_step.step_(*given.values(), 0.3, new), new
+            return matrix_step.step(*given.values(), 0.3, state)
 
     @torch.no_grad()
     def torch_form(q, k, v, log_decay, beta, a, b, bonus, state):

@@ -5,10 +5,12 @@ import gc
 import pickle
 import weakref
 
+import pytest
 import torch
 
 from subquad import SubquadConfig, SubquadForCausalLM
 from subquad.models import SubquadCache
+from subquad.models import graph as graphs_module
 from subquad.models.graph import MOST_IDLE, _Shelf
 from subquad.recurrence.gpu import may_overwrite, overwriting_states
 
@@ -109,3 +111,60 @@ def test_graphs_that_come_back_while_one_is_looked_for_push_it_off_without_harm(
     # Both that were there at first are gone. Nothing can be captured for tokens on another device.
     assert shelf.lend(model, torch.zeros(1, 1, device="meta"), []) is None
     assert shelf.idle == late
+
+
+class Attempts:
+    """Stands for StepGraph: fails with the errors given, one an attempt, and then succeeds."""
+
+    def __init__(self, *errors):
+        self.errors = list(errors)
+        self.made = 0
+
+    def __call__(self, model, tokens, states):
+        self.made += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        return Graph(model)
+
+
+def full():
+    return torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_a_capture_without_memory_is_tried_again_without_the_idle_graphs(monkeypatch):
+    model, shelf, attempts = torch.nn.Linear(2, 2), _Shelf(), Attempts(full())
+    monkeypatch.setattr(graphs_module, "StepGraph", attempts)
+    shelf.put_back(Graph(model, serves=lambda: False))
+    lease = lend(shelf, model)
+    assert lease is not None and attempts.made == 2 and shelf.idle == [] and shelf.fit
+
+
+def test_memory_that_ran_out_switches_graphs_off_for_one_cache_only(monkeypatch):
+    ended = RuntimeError("the end of the capture failed too")
+    ended.__context__ = full()
+    model, attempts = build(), Attempts(full(), ended)
+    monkeypatch.setattr(graphs_module, "StepGraph", attempts)
+    monkeypatch.setattr(graphs_module, "_decodes", lambda *_: True)
+    first, second = (SubquadCache(2) for _ in range(2))
+    with torch.no_grad():
+        for cache in (first, second):
+            model(torch.arange(6)[None], past_key_values=cache)
+    tokens = torch.zeros(1, 1, dtype=torch.long)
+    with pytest.warns(UserWarning, match="end of the capture failed too"):
+        assert graphs_module.replay(model, tokens, first) is None
+    assert graphs_module.replay(model, tokens, first) is None
+    assert attempts.made == 2  # at its first token, and not again at each of the next
+    monkeypatch.setattr(Graph, "holds", lambda self, states: True, raising=False)
+    monkeypatch.setattr(Graph, "replay", lambda self, tokens: "logits", raising=False)
+    monkeypatch.setattr(Graph, "states", [], raising=False)
+    assert graphs_module.replay(model, tokens, second) == "logits"
+    assert attempts.made == 3
+
+
+def test_other_errors_of_a_capture_switch_graphs_off(monkeypatch):
+    model, shelf = torch.nn.Linear(2, 2), _Shelf()
+    attempts = Attempts(RuntimeError("operation not permitted when stream is capturing"))
+    monkeypatch.setattr(graphs_module, "StepGraph", attempts)
+    with pytest.warns(UserWarning, match="not permitted"):
+        assert lend(shelf, model) is None
+    assert not shelf.fit and attempts.made == 1

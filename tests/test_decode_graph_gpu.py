@@ -166,3 +166,23 @@ def test_an_eager_step_leaves_its_states_alone(ids):
         model(ids[:, :1], past_key_values=cache, replay=True)
     for state, old in zip(kept.states, before):
         assert all(torch.equal(state[n], old[n]) for n in old)
+
+
+def test_a_capture_that_runs_out_of_memory_is_tried_again(ids, monkeypatch):
+    model = build("mamba2")
+    want = eagerly(monkeypatch, lambda: generate_batch(model, ids, max_new_tokens=NEW))
+    step, asked = graph.StepGraph._step, []
+
+    def too_much(self, model):
+        if torch.cuda.is_current_stream_capturing():
+            asked.append(torch.empty(2**50, device="cuda"))
+        return step(self, model)
+
+    with monkeypatch.context() as patched, pytest.warns(UserWarning, match="out of memory"):
+        patched.setattr(graph.StepGraph, "_step", too_much)
+        assert torch.equal(generate_batch(model, ids, max_new_tokens=NEW), want)
+    cache = SubquadCache(2)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        model(ids[:, :1], past_key_values=cache, replay=True)
+    assert cache.lease is not None and not asked

@@ -135,17 +135,17 @@ def test_opcheck():
 
     q, k, v, g, beta, a, b, bonus, state = cuda(token("[B,T,H]", "delta"))
     given = (q, k, v, g, beta, a, b, bonus, 0.3, state)
-    torch.library.opcheck(matrix_step.step, given)
-    torch.library.opcheck(matrix_step.step_, given)
+    torch.library.opcheck(matrix_step.step.op, given)
+    torch.library.opcheck(matrix_step.step_.op, given)
     inputs = cuda(convolved_token())
-    torch.library.opcheck(short_convolution.one_token, (*inputs, True))
-    torch.library.opcheck(short_convolution.one_token_, (*inputs, True))
+    torch.library.opcheck(short_convolution.one_token.op, (*inputs, True))
+    torch.library.opcheck(short_convolution.one_token_.op, (*inputs, True))
     inputs = [x.requires_grad_() for x in cuda(convolution(T=9))]
-    torch.library.opcheck(short_convolution.convolve, (*inputs, None, True))
-    torch.library.opcheck(timestep.discretise, [x.requires_grad_() for x in cuda(steps(T=9))])
-    torch.library.opcheck(skip.add_skip, [x.requires_grad_() for x in cuda(skipped(T=9))])
+    torch.library.opcheck(short_convolution.convolve.op, (*inputs, None, True))
+    torch.library.opcheck(timestep.discretise.op, [x.requires_grad_() for x in cuda(steps(T=9))])
+    torch.library.opcheck(skip.add_skip.op, [x.requires_grad_() for x in cuda(skipped(T=9))])
     x, gate, weight = (x.requires_grad_() for x in cuda(gated_norm()))
-    torch.library.opcheck(norm.norm, (x, gate, weight, 20, True, 1e-5, 1.0))
+    torch.library.opcheck(norm.norm.op, (x, gate, weight, 20, True, 1e-5, 1.0))
 
 
 def layer(q, k, v, log_decay, beta, a, b, bonus, state, weight):

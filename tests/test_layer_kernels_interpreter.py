@@ -116,19 +116,19 @@ def check() -> None:
 
     q, k, v, g, beta, a, b, bonus, state = layer_cases.token("[B,T,H]", "delta").inputs.values()
     given = (q, k, v, g, beta, a, b, bonus, 0.3, state)
-    torch.library.opcheck(matrix_step.step, given)
-    torch.library.opcheck(matrix_step.step_, given)
+    torch.library.opcheck(matrix_step.step.op, given)
+    torch.library.opcheck(matrix_step.step_.op, given)
     inputs = layer_cases.convolved_token().inputs.values()
-    torch.library.opcheck(short_convolution.one_token, (*inputs, True))
-    torch.library.opcheck(short_convolution.one_token_, (*inputs, True))
+    torch.library.opcheck(short_convolution.one_token.op, (*inputs, True))
+    torch.library.opcheck(short_convolution.one_token_.op, (*inputs, True))
     inputs = [x.requires_grad_() for x in layer_cases.convolution(T=9).inputs.values()]
-    torch.library.opcheck(short_convolution.convolve, (*inputs, None, True))
+    torch.library.opcheck(short_convolution.convolve.op, (*inputs, None, True))
     inputs = [x.requires_grad_() for x in layer_cases.steps(T=9).inputs.values()]
-    torch.library.opcheck(timestep.discretise, inputs)
+    torch.library.opcheck(timestep.discretise.op, inputs)
     inputs = [x.requires_grad_() for x in layer_cases.skipped(T=9).inputs.values()]
-    torch.library.opcheck(skip.add_skip, inputs)
+    torch.library.opcheck(skip.add_skip.op, inputs)
     x, gate, weight = (x.requires_grad_() for x in layer_cases.gated_norm().inputs.values())
-    torch.library.opcheck(norm.norm, (x, gate, weight, 20, True, 1e-5, 1.0))
+    torch.library.opcheck(norm.norm.op, (x, gate, weight, 20, True, 1e-5, 1.0))
 
 
 if __name__ == "__main__":

@@ -3,56 +3,17 @@
     z_t = bias + sum_s weight[:, W-1-s] * x_{t-s}      y_t = z_t, or silu(z_t)
 
 A tap that reaches back past its sequence's beginning reads the state, [sequences, W-1, D], or 0.
-The backward pass computes z again for dz, stores dz in the outputs' dtype, and sums its taps.
 
-Shape suffixes: T tokens of a tile, D channels of a program.
+A program walks the tokens of its piece of a row one by one with what the taps see in registers, so
+each input is loaded once. Its backward pass computes z again and carries what is still to come for
+the gradients of the last W - 1 inputs; the W - 1 tokens behind its piece it walks for these alone.
+
+Tuples hold a vector [BD], channels of the program, for each tap; `past` holds the last token first.
 """
+# ruff: noqa: RUF005 - Triton adds tuples, but does not know the star
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def place(tile, sequence, cu_seqlens, tokens, BT: tl.constexpr, PACKED: tl.constexpr):
-    """Where a tile lies. A tile never holds tokens of two rows.
-
-    Returns its first token among those of all rows; and for its tokens: their sequence, how far
-    they lie behind its beginning, how many tokens it has left with them; whether they exist.
-    """
-    tiles = tl.cdiv(tokens, BT)
-    row = tile // tiles
-    t = (tile % tiles) * BT + tl.arange(0, BT)
-    first = row.to(tl.int64) * tokens + (tile % tiles) * BT
-    if PACKED:
-        own = tl.load(sequence + t, mask=t < tokens, other=0)
-        behind = t - tl.load(cu_seqlens + own).to(tl.int32)
-        left = tl.load(cu_seqlens + own + 1).to(tl.int32) - t
-    else:
-        own = row
-        behind = t
-        left = tokens - t
-    return first, own.to(tl.int64), behind, left, t < tokens
-
-
-@triton.jit
-def look_back(x, state, s, t, d, own, behind, real, x_row, D: tl.constexpr, W: tl.constexpr,
-              STATE: tl.constexpr, EVEN: tl.constexpr):  # fmt: skip
-    """What tap s sees: x_{t-s}, or the state's entry where that lies before the beginning.
-
-    x points at the tile's first token, t counts from there.
-    """
-    here = (real & (behind >= s))[:, None]
-    past = (real & (behind < s))[:, None]
-    if not EVEN:
-        here = here & (d < D)[None, :]
-        past = past & (d < D)[None, :]
-    seen_TD = tl.load(x + (t - s)[:, None] * x_row + d[None, :], mask=here, other=0.0)
-    seen_TD = seen_TD.to(tl.float32)
-    if STATE:
-        entry = own * (W - 1) + (W - 1 + behind - s)
-        past_TD = tl.load(state + entry[:, None] * D + d[None, :], mask=past, other=0.0)
-        seen_TD += past_TD.to(tl.float32)
-    return seen_TD
 
 
 @triton.jit
@@ -62,104 +23,211 @@ def tap(weight, d, s, D: tl.constexpr, W: tl.constexpr):
 
 
 @triton.jit
-def convolve(x, weight, bias, state, t, d, own, behind, real, x_row, D: tl.constexpr,
-             W: tl.constexpr, BIAS: tl.constexpr, STATE: tl.constexpr,
-             EVEN: tl.constexpr):  # fmt: skip
-    """z of a tile, in float32."""
-    z_TD = tl.zeros([t.shape[0], d.shape[0]], tl.float32)
-    if BIAS:
-        z_TD += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
+def taps(weight, d, D: tl.constexpr, W: tl.constexpr):
+    """All of them, the current token's first."""
+    found = ()
     for s in tl.static_range(W):
-        seen_TD = look_back(x, state, s, t, d, own, behind, real, x_row, D, W, STATE, EVEN)
-        z_TD += seen_TD * tap(weight, d, s, D, W)[None, :]
-    return z_TD
+        found = found + (tap(weight, d, s, D, W),)
+    return found
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit
+def place(tokens, length, D: tl.constexpr, BD: tl.constexpr):
+    """The program's channels; the row of its piece, the piece's first token and its end in it."""
+    BLOCKS: tl.constexpr = (D + BD - 1) // BD
+    pid = tl.program_id(0)
+    d = (pid % BLOCKS) * BD + tl.arange(0, BD)
+    piece = pid // BLOCKS
+    pieces = tl.cdiv(tokens, length)
+    begin = (piece % pieces) * length
+    return d, piece, (piece // pieces).to(tl.int64), begin, tl.minimum(begin + length, tokens)
+
+
+@triton.jit
+def load_rows(x, t, tokens, x_row, d, D: tl.constexpr, N: tl.constexpr):
+    """N rows of x from token t on, all asked for before any is used."""
+    rows = ()
+    for i in tl.static_range(N):
+        at = x + tl.cast(t + i, tl.int64) * x_row + d
+        rows = rows + (tl.load(at, mask=(d < D) & (t + i < tokens), other=0.0),)
+    return rows
+
+
+@triton.jit
+def enter(x, state, row, t, x_row, d, D: tl.constexpr, W: tl.constexpr, STATE: tl.constexpr):
+    """The W - 1 inputs before token t of a row; x points at the row's first token."""
+    past = ()
+    for s in tl.static_range(1, W):
+        seen = tl.load(x + (t - s) * x_row + d, mask=(d < D) & (t >= s), other=0.0).to(tl.float32)
+        if STATE:
+            cells = (row * (W - 1) + (W - 1 + t - s)) * D + d
+            seen += tl.load(state + cells, mask=(d < D) & (t < s), other=0.0).to(tl.float32)
+        past = past + (seen,)
+    return past
+
+
+@triton.jit
+def within(past, t, tokens, state, sequence, cu_seqlens, d, D: tl.constexpr, W: tl.constexpr,
+           STATE: tl.constexpr):  # fmt: skip
+    """Of packed sequences: `past` as token t's own sequence has it, and t's place in that."""
+    own = tl.load(sequence + t, mask=t < tokens, other=0).to(tl.int64)
+    behind = t - tl.load(cu_seqlens + own).to(tl.int32)
+    seen = ()
+    for s in tl.static_range(1, W):
+        before = tl.zeros_like(past[s - 1])
+        if STATE:
+            cells = (own * (W - 1) + (W - 1 + behind - s)) * D + d
+            before = tl.load(state + cells, mask=(d < D) & (behind < s), other=0.0).to(tl.float32)
+        seen = seen + (tl.where(behind >= s, past[s - 1], before),)
+    return seen, behind
+
+
+@triton.jit
+def convolve(now, seen, weights, start, W: tl.constexpr):
+    """z of one token; `start` is the bias."""
+    z = start + now * weights[0]
+    for s in tl.static_range(1, W):
+        z += seen[s - 1] * weights[s]
+    return z
+
+
+@triton.jit
+def move_on(now, past, W: tl.constexpr):
+    moved = ()
+    if W > 1:
+        moved = (now,)
+        for s in tl.static_range(W - 2):
+            moved = moved + (past[s],)
+    return moved
+
+
+@triton.jit(do_not_specialize=["tokens", "length"])
 def forward(
-    x, weight, bias, state, sequence, cu_seqlens, y, tokens, x_row,
-    D: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr,
+    x, weight, bias, state, sequence, cu_seqlens, y, tokens, length, x_row,
+    D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, AT_ONCE: tl.constexpr, BIAS: tl.constexpr,
     STATE: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    BLOCKS: tl.constexpr = (D + BD - 1) // BD
-    d = (pid % BLOCKS) * BD + tl.arange(0, BD)
-    t = tl.arange(0, BT)
-    first, own, behind, _, real = place(pid // BLOCKS, sequence, cu_seqlens, tokens, BT, PACKED)
-    y_TD = convolve(x + first * x_row, weight, bias, state, t, d, own, behind, real, x_row,
-                    D, W, BIAS, STATE, D % BD == 0)  # fmt: skip
-    if SILU:
-        y_TD *= tl.sigmoid(y_TD)
-    inside = real[:, None] & (d < D)[None, :]
-    tl.store(y + first * D + t[:, None] * D + d[None, :], y_TD.to(y.dtype.element_ty), mask=inside)
+    """`length` tokens of one row a program, a multiple of the AT_ONCE that it loads at once."""
+    d, _, row, begin, end = place(tokens, length, D, BD)
+    x += row * tokens * x_row
+    y += row * tokens * D
+    weights = taps(weight, d, D, W)
+    start = tl.zeros([BD], tl.float32)
+    if BIAS:
+        start += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)
+    past = enter(x, state, row, begin, x_row, d, D, W, STATE and not PACKED)
+    for t0 in range(begin, end, AT_ONCE):
+        rows = load_rows(x, t0, tokens, x_row, d, D, AT_ONCE)
+        for i in tl.static_range(AT_ONCE):
+            now = rows[i].to(tl.float32)
+            seen = past
+            if PACKED:
+                seen, _ = within(past, t0 + i, tokens, state, sequence, cu_seqlens, d, D, W, STATE)
+            z = convolve(now, seen, weights, start, W)
+            if SILU:
+                z *= tl.sigmoid(z)
+            at = y + tl.cast(t0 + i, tl.int64) * D + d
+            tl.store(at, z.to(y.dtype.element_ty), mask=(d < D) & (t0 + i < tokens))
+            past = move_on(now, past, W)
 
 
-@triton.jit(do_not_specialize=["tokens", "tiles"])
-def backward(
-    dy, x, weight, bias, state, sequence, cu_seqlens, dz, parts, tokens, tiles, dy_row, x_row,
-    D: tl.constexpr, W: tl.constexpr, TAPS: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
-    STEPS: tl.constexpr, BIAS: tl.constexpr, STATE: tl.constexpr, SILU: tl.constexpr,
+@triton.jit
+def back_step(
+    x_row_values, dy_row_values, t, past, pending, state, sequence, cu_seqlens, tokens, weights,
+    start, d, D: tl.constexpr, W: tl.constexpr, STATE: tl.constexpr, SILU: tl.constexpr,
     PACKED: tl.constexpr,
 ):  # fmt: skip
-    """dz [tokens of all rows, D], and each program's share of the weight's and bias's gradients.
-
-    parts [programs along the tokens, W + 1, D]: the taps by how far they reach back, then the bias.
-    `tiles` of all rows, STEPS to a program; TAPS is the power of two from W + 1 on.
-    """
-    pid = tl.program_id(0)
-    BLOCKS: tl.constexpr = (D + BD - 1) // BD
-    EVEN: tl.constexpr = D % BD == 0
-    d = (pid % BLOCKS) * BD + tl.arange(0, BD)
-    t = tl.arange(0, BT)
-    piece = pid // BLOCKS
-    steps = tl.arange(0, TAPS)
-    grown_WD = tl.zeros([TAPS, BD], tl.float32)
-    for tile in range(piece * STEPS, tl.minimum((piece + 1) * STEPS, tiles)):
-        first, own, behind, _, real = place(tile, sequence, cu_seqlens, tokens, BT, PACKED)
-        here = x + first * x_row
-        inside = real[:, None] & (d < D)[None, :]
-        dz_TD = tl.load(
-            dy + first * dy_row + t[:, None] * dy_row + d[None, :], mask=inside, other=0.0
-        ).to(tl.float32)
-        if SILU:
-            z_TD = convolve(here, weight, bias, state, t, d, own, behind, real, x_row,
-                            D, W, BIAS, STATE, EVEN)  # fmt: skip
-            open_TD = tl.sigmoid(z_TD)
-            dz_TD *= open_TD * (1.0 + z_TD * (1.0 - open_TD))
-            cells = first * D + t[:, None] * D + d[None, :]
-            tl.store(dz + cells, dz_TD.to(dz.dtype.element_ty), mask=inside)
-        for s in tl.static_range(W):
-            seen_TD = look_back(here, state, s, t, d, own, behind, real, x_row, D, W, STATE, EVEN)
-            grown_D = tl.sum(dz_TD * seen_TD, 0)
-            grown_WD += tl.where(steps[:, None] == s, grown_D[None, :], 0.0)
-        if BIAS:
-            grown_WD += tl.where(steps[:, None] == W, tl.sum(dz_TD, 0)[None, :], 0.0)
-    cells = (piece.to(tl.int64) * (W + 1) + steps)[:, None] * D + d[None, :]
-    tl.store(parts + cells, grown_WD, mask=(steps <= W)[:, None] & (d < D)[None, :])
+    """One token: its dz, what its taps saw (itself first), and dx so far of what they saw."""
+    now = x_row_values.to(tl.float32)
+    dz = dy_row_values.to(tl.float32)
+    seen = past
+    behind = t
+    if PACKED:
+        seen, behind = within(past, t, tokens, state, sequence, cu_seqlens, d, D, W, STATE)
+    if SILU:
+        z = convolve(now, seen, weights, start, W)
+        opened = tl.sigmoid(z)
+        dz *= opened * (1.0 + z * (1.0 - opened))
+    sums = (dz * weights[0],)
+    for s in tl.static_range(1, W):
+        reached = dz * weights[s]
+        if PACKED:
+            reached = tl.where(behind >= s, reached, 0.0)
+        sums = sums + (pending[s - 1] + reached,)
+    return now, dz, (now,) + seen, sums
 
 
-@triton.jit(do_not_specialize=["tokens"])
-def backward_x(
-    dz, weight, sequence, cu_seqlens, dx, tokens, dz_row,
-    D: tl.constexpr, W: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """dx: what the W - 1 next tokens of the sequence, and the token itself, made of it."""
-    pid = tl.program_id(0)
-    BLOCKS: tl.constexpr = (D + BD - 1) // BD
-    d = (pid % BLOCKS) * BD + tl.arange(0, BD)
-    t = tl.arange(0, BT)
-    first, _, _, left, real = place(pid // BLOCKS, sequence, cu_seqlens, tokens, BT, PACKED)
-    dx_TD = tl.zeros([BT, BD], tl.float32)
+@triton.jit
+def store_dx(dx, sums, t, begin, tokens, d, D: tl.constexpr, W: tl.constexpr):
+    """With token t the gradient of the input W - 1 tokens before it is complete."""
+    t -= W - 1
+    at = dx + tl.cast(t, tl.int64) * D + d
+    tl.store(at, sums[W - 1].to(dx.dtype.element_ty), mask=(d < D) & (t >= begin) & (t < tokens))
+
+
+@triton.jit
+def add_slopes(grown, dz, seen, W: tl.constexpr):
+    """The sums of dz with what each tap saw, and of dz itself, one token further."""
+    more = ()
     for s in tl.static_range(W):
-        later = (real & (left > s))[:, None]
-        if D % BD != 0:
-            later = later & (d < D)[None, :]
-        cells = first * dz_row + (t + s)[:, None] * dz_row + d[None, :]
-        dz_TD = tl.load(dz + cells, mask=later, other=0.0).to(tl.float32)
-        dx_TD += dz_TD * tap(weight, d, s, D, W)[None, :]
-    inside = real[:, None] & (d < D)[None, :]
-    cells = first * D + t[:, None] * D + d[None, :]
-    tl.store(dx + cells, dx_TD.to(dx.dtype.element_ty), mask=inside)
+        more = more + (grown[s] + dz * seen[s],)
+    return more + (grown[W] + dz,)
+
+
+@triton.jit(do_not_specialize=["tokens", "length"])
+def backward(
+    dy, x, weight, bias, state, sequence, cu_seqlens, dx, dz, parts, tokens, length, dy_row, x_row,
+    D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, AT_ONCE: tl.constexpr, BIAS: tl.constexpr,
+    STATE: tl.constexpr, SILU: tl.constexpr, PACKED: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """dx, and each program's share of the weight's and bias's gradients; dz too, if KEEP.
+
+    parts [pieces of all rows, W + 1, D]: the taps by how far they reach back, then the bias.
+    """
+    d, piece, row, begin, end = place(tokens, length, D, BD)
+    x += row * tokens * x_row
+    dy += row * tokens * dy_row
+    dx += row * tokens * D
+    dz += row * tokens * D
+    weights = taps(weight, d, D, W)
+    start = tl.zeros([BD], tl.float32)
+    if BIAS:
+        start += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)
+    past = enter(x, state, row, begin, x_row, d, D, W, STATE and not PACKED)
+    pending = ()
+    grown = (tl.zeros([BD], tl.float32),)
+    for s in tl.static_range(W):
+        grown = grown + (tl.zeros([BD], tl.float32),)
+        if s > 0:
+            pending = pending + (tl.zeros([BD], tl.float32),)
+    for t0 in range(begin, end, AT_ONCE):
+        x_rows = load_rows(x, t0, tokens, x_row, d, D, AT_ONCE)
+        dy_rows = load_rows(dy, t0, tokens, dy_row, d, D, AT_ONCE)
+        for i in tl.static_range(AT_ONCE):
+            now, slope, seen, sums = back_step(
+                x_rows[i], dy_rows[i], t0 + i, past, pending, state, sequence, cu_seqlens, tokens,
+                weights, start, d, D, W, STATE, SILU, PACKED,
+            )  # fmt: skip
+            grown = add_slopes(grown, slope, seen, W)
+            store_dx(dx, sums, t0 + i, begin, tokens, d, D, W)
+            if KEEP:
+                at = dz + tl.cast(t0 + i, tl.int64) * D + d
+                tl.store(at, slope.to(dz.dtype.element_ty), mask=(d < D) & (t0 + i < tokens))
+            past = move_on(now, past, W)
+            pending = sums[: W - 1]
+    t0 = begin + tl.cdiv(end - begin, AT_ONCE) * AT_ONCE
+    x_rows = load_rows(x, t0, tokens, x_row, d, D, W - 1)
+    dy_rows = load_rows(dy, t0, tokens, dy_row, d, D, W - 1)
+    for i in tl.static_range(W - 1):
+        now, _, _, sums = back_step(
+            x_rows[i], dy_rows[i], t0 + i, past, pending, state, sequence, cu_seqlens, tokens,
+            weights, start, d, D, W, STATE, SILU, PACKED,
+        )  # fmt: skip
+        store_dx(dx, sums, t0 + i, begin, tokens, d, D, W)
+        past = move_on(now, past, W)
+        pending = sums[: W - 1]
+    for s in tl.static_range(W + 1):
+        tl.store(parts + (piece.to(tl.int64) * (W + 1) + s) * D + d, grown[s], mask=d < D)
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -2,7 +2,7 @@
 
 `step` leaves the state it is given as it is and returns the next one; `step_` writes the next one
 over it, half the memory traffic of a copy and the same addresses at every token, as a captured
-graph needs. Both are torch custom ops over one Triton kernel; Triton is imported by the first
+graph needs. Both are operators over one Triton kernel; Triton is imported by the first
 launch.
 """
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from .gpu import reason_to_decline
 from .layout import gate_kind, padded
 from .matrix import GATE_NAMES
+from .operator import operator
 
 TILE = 8192  # cells of the state a program: 64 in the registers of each of its threads
 WARPS = 4
@@ -36,7 +37,7 @@ def describe(q: Tensor, v: Tensor, log_decay: Tensor | None, erase: int) -> str:
     )
 
 
-@torch.library.custom_op("subquad::matrix_step", mutates_args=())
+@operator("subquad::matrix_step")
 def step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None,
     a: Tensor | None, b: Tensor | None, bonus: Tensor | None, scale: float,
@@ -57,7 +58,7 @@ def _(q, k, v, log_decay, beta, a, b, bonus, scale, state):
     return v.new_empty(v.shape), _empty_state(k, v)
 
 
-@torch.library.custom_op("subquad::matrix_step_", mutates_args=("state",))
+@operator("subquad::matrix_step_", mutates=("state",))
 def step_(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None,
     a: Tensor | None, b: Tensor | None, bonus: Tensor | None, scale: float, state: Tensor,

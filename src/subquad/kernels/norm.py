@@ -1,4 +1,4 @@
-"""RMS norms of groups of channels on a GPU, gated or not, as torch custom ops over Triton kernels.
+"""RMS norms of groups of channels on a GPU, gated or not, as operators over Triton kernels.
 
 Differentiable in x, gate and weight. The weight's gradient is summed program by program in a fixed
 order: it repeats to the bit.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .gpu import reason_to_decline, rows
+from .operator import operator
 
 WIDEST = 16384  # channels of a group: a program holds all of one
 TILE = 1024  # numbers a program holds of each tensor, or one group's, if that is more
@@ -23,7 +24,7 @@ def supported(x: Tensor, size: int, weight: Tensor | None, gate: Tensor | None) 
     return reason_to_decline(x, weight, gate)
 
 
-@torch.library.custom_op("subquad::rms_norm", mutates_args=())
+@operator("subquad::rms_norm")
 def norm(
     x: Tensor, gate: Tensor | None, weight: Tensor | None, size: int, gate_first: bool, eps: float,
     scale: float,
@@ -51,7 +52,7 @@ def _(x, gate, weight, size, gate_first, eps, scale):
     return _result(x, gate)
 
 
-@torch.library.custom_op("subquad::rms_norm_backward", mutates_args=())
+@operator("subquad::rms_norm_backward")
 def norm_backward(
     dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor | None, size: int, gate_first: bool,
     eps: float, scale: float,
@@ -94,7 +95,7 @@ def _gradients(ctx, dy: Tensor) -> tuple:
     return dx, dgate, dweight, None, None, None, None
 
 
-norm.register_autograd(_gradients, setup_context=_save)
+norm.register_autograd(_gradients, setup=_save)
 
 
 def _result(x: Tensor, gate: Tensor | None) -> Tensor:

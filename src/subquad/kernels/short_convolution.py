@@ -1,4 +1,4 @@
-"""The short causal convolution on a GPU, as torch custom ops over Triton kernels.
+"""The short causal convolution on a GPU, as operators over Triton kernels.
 
 `convolve` is differentiable in x, weight, bias and state; `one_token` and `one_token_` decode.
 Sums are float32, results in x's dtype. The gradients of weight and bias are summed program by
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from .gpu import reason_to_decline
+from .operator import operator
 
 WIDEST = 8  # taps, unrolled
-CHANNELS = 64  # of a tile
-TOKENS, WARPS = 16, 1
-BACK_TOKENS, BACK_WARPS = 32, 2  # in the pass that sums the weight's gradient over the tokens
-STEPS = 16  # tiles that a program of that pass walks, to write fewer partial sums
+CHANNELS = 128  # of a program, four to a thread
+WARPS = 1
+AT_ONCE = 8  # tokens loaded at once
+LENGTHS = (64, 16)  # tokens of a program; fewer where programs would not fill the chip
+ENOUGH = 2048  # programs
 
 
 def supported(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None) -> str | None:
@@ -26,7 +28,7 @@ def supported(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | No
     return reason_to_decline(x, weight, bias, state)
 
 
-@torch.library.custom_op("subquad::convolve", mutates_args=())
+@operator("subquad::convolve")
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None,
     cu_seqlens: Tensor | None, silu: bool,
@@ -37,10 +39,12 @@ def convolve(
     batch, tokens, channels = x.shape
     x, weight, bias, state = _laid_out(x, weight, bias, state)
     y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
-    forward[(batch * -(-tokens // TOKENS) * -(-channels // CHANNELS),)](
-        x, weight, *_or(x, bias, state, *_sequences(tokens, cu_seqlens)), y, tokens, _stride(x),
-        D=channels, W=weight.shape[1], BT=TOKENS, BD=CHANNELS, BIAS=bias is not None,
-        STATE=state is not None, SILU=silu, PACKED=cu_seqlens is not None, num_warps=WARPS,
+    pieces, length = _pieces(batch, tokens, channels)
+    forward[(pieces * -(-channels // CHANNELS),)](
+        x, weight, *_or(x, bias, state, *_sequences(tokens, cu_seqlens)), y, tokens, length,
+        _stride(x), D=channels, W=weight.shape[1], BD=CHANNELS, AT_ONCE=AT_ONCE,
+        BIAS=bias is not None, STATE=state is not None, SILU=silu, PACKED=cu_seqlens is not None,
+        num_warps=WARPS,
     )  # fmt: skip
     return y
 
@@ -50,13 +54,13 @@ def _(x, weight, bias, state, cu_seqlens, silu):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("subquad::convolve_backward", mutates_args=())
+@operator("subquad::convolve_backward")
 def convolve_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None,
     cu_seqlens: Tensor | None, silu: bool, with_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, weight, bias (also without one) and state (empty unless with_state)."""
-    from .convolve import backward, backward_state, backward_x
+    from .convolve import backward, backward_state
 
     (batch, tokens, channels), taps = x.shape, weight.shape[1]
     (dy,) = _laid_out(dy)
@@ -64,21 +68,18 @@ def convolve_backward(
     own, bounds = _or(x, *_sequences(tokens, cu_seqlens))
     shared = {"D": channels, "W": taps, "BD": CHANNELS, "PACKED": cu_seqlens is not None}
     blocks = -(-channels // CHANNELS)
-    tiles = batch * -(-tokens // BACK_TOKENS)
-    pieces = -(-tiles // STEPS)
-    dz = torch.empty(x.shape, device=x.device, dtype=dy.dtype) if silu else dy
+    pieces, length = _pieces(batch, tokens, channels)
+    with_state = with_state and state is not None
+    dx = torch.empty(x.shape, device=x.device, dtype=x.dtype)
+    dz = torch.empty(x.shape, device=x.device, dtype=dy.dtype) if with_state and silu else dy
     parts = torch.empty(pieces, taps + 1, channels, device=x.device, dtype=torch.float32)
     backward[(pieces * blocks,)](
-        dy, x, weight, *_or(x, bias, state), own, bounds, dz, parts, tokens, tiles,
-        _stride(dy), _stride(x), TAPS=1 << taps.bit_length(), BT=BACK_TOKENS, STEPS=STEPS,
-        BIAS=bias is not None, STATE=state is not None, SILU=silu, num_warps=BACK_WARPS, **shared,
+        dy, x, weight, *_or(x, bias, state), own, bounds, dx, dz, parts, tokens, length,
+        _stride(dy), _stride(x), AT_ONCE=AT_ONCE, BIAS=bias is not None, STATE=state is not None,
+        SILU=silu, KEEP=dz is not dy, num_warps=WARPS, **shared,
     )  # fmt: skip
-    dx = torch.empty(x.shape, device=x.device, dtype=x.dtype)
-    backward_x[(batch * -(-tokens // TOKENS) * blocks,)](
-        dz, weight, own, bounds, dx, tokens, _stride(dz), BT=TOKENS, num_warps=WARPS, **shared
-    )
     dstate = x.new_empty(0)
-    if with_state and state is not None:
+    if with_state:
         dstate = torch.empty(state.shape, device=x.device, dtype=state.dtype)
         backward_state[(state.shape[0] * blocks,)](
             dz, weight, bounds, dstate, tokens, _stride(dz), **shared
@@ -111,10 +112,10 @@ def _gradients(ctx, dy: Tensor) -> tuple:
     )  # fmt: skip
 
 
-convolve.register_autograd(_gradients, setup_context=_save)
+convolve.register_autograd(_gradients, setup=_save)
 
 
-@torch.library.custom_op("subquad::convolve_one_token", mutates_args=())
+@operator("subquad::convolve_one_token")
 def one_token(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
@@ -130,7 +131,7 @@ def _(x, weight, bias, state, silu):
     return x.new_empty(x.shape), x.new_empty(rows, weight.shape[1] - 1, x.shape[2])
 
 
-@torch.library.custom_op("subquad::convolve_one_token_", mutates_args=("state",))
+@operator("subquad::convolve_one_token_", mutates=("state",))
 def one_token_(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool) -> Tensor:
     """`one_token`, the next state written over `state`: contiguous, in x's dtype."""
     return _launch_one_token(x, weight, bias, state, silu, state)
@@ -154,6 +155,15 @@ def _launch_one_token(
         BD=block, BIAS=bias is not None, STATE=state is not None, SILU=silu, num_warps=2,
     )  # fmt: skip
     return y
+
+
+def _pieces(batch: int, tokens: int, channels: int) -> tuple[int, int]:
+    """How many pieces the rows are cut into, and the tokens of each."""
+    for length in LENGTHS:
+        pieces = batch * -(-tokens // length)
+        if pieces * -(-channels // CHANNELS) >= ENOUGH:
+            break
+    return pieces, length
 
 
 def _laid_out(x: Tensor, *others: Tensor | None) -> tuple:

@@ -1,4 +1,4 @@
-"""A skip around the recurrence on a GPU, as a torch custom op over Triton kernels: y + D_h x.
+"""A skip around the recurrence on a GPU, as an operator over Triton kernels: y + D_h x.
 
 Differentiable in everything; D's gradient is summed program by program in a fixed order: it
 repeats to the bit.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .gpu import head_tiles, reason_to_decline, rows
+from .operator import operator
 from .timestep import STEPS, TILE, WIDEST
 
 
@@ -20,7 +21,7 @@ def supported(y: Tensor, x: Tensor, weight: Tensor) -> str | None:
     return reason_to_decline(y, x, weight)
 
 
-@torch.library.custom_op("subquad::add_skip", mutates_args=())
+@operator("subquad::add_skip")
 def add_skip(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """y [B,T,H,P] + weight [H] * x [B,T,H,P], in y's dtype."""
     from .add_skip import forward
@@ -40,7 +41,7 @@ def _(y, x, weight):
     return y.new_empty(y.shape)
 
 
-@torch.library.custom_op("subquad::add_skip_backward", mutates_args=())
+@operator("subquad::add_skip_backward")
 def add_skip_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and weight; y's is dy."""
     from .add_skip import backward
@@ -71,4 +72,4 @@ def _gradients(ctx, dy: Tensor) -> tuple:
     return dy, *add_skip_backward(dy, *ctx.saved_tensors)
 
 
-add_skip.register_autograd(_gradients, setup_context=_save)
+add_skip.register_autograd(_gradients, setup=_save)

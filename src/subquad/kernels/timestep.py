@@ -1,4 +1,4 @@
-"""Selective step sizes on a GPU, as a torch custom op over Triton kernels: dt, dt * x, decay.
+"""Selective step sizes on a GPU, as an operator over Triton kernels: dt, dt * x, decay.
 
 Differentiable in everything. The gradients of bias and A_log are summed program by program in a
 fixed order: they repeat to the bit.
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .gpu import head_tiles, reason_to_decline, rows
+from .operator import operator
 
 WIDEST = 4096  # channels of a head
 TILE = 2048  # numbers a program holds of x
@@ -23,7 +24,7 @@ def supported(x: Tensor | None, dt: Tensor, dt_bias: Tensor, A_log: Tensor) -> s
     return reason_to_decline(x, dt, dt_bias, A_log)
 
 
-@torch.library.custom_op("subquad::discretise", mutates_args=())
+@operator("subquad::discretise")
 def discretise(
     x: Tensor | None, dt: Tensor, dt_bias: Tensor, A_log: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -48,7 +49,7 @@ def _(x, dt, dt_bias, A_log):
     return _results(x, dt)
 
 
-@torch.library.custom_op("subquad::discretise_backward", mutates_args=())
+@operator("subquad::discretise_backward")
 def discretise_backward(
     dv: Tensor, dlog_decay: Tensor, x: Tensor | None, dt: Tensor, dt_bias: Tensor, A_log: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -86,7 +87,7 @@ def _gradients(ctx, dv: Tensor, dlog_decay: Tensor) -> tuple:
     return None if ctx.saved_tensors[0] is None else dx, *others
 
 
-discretise.register_autograd(_gradients, setup_context=_save)
+discretise.register_autograd(_gradients, setup=_save)
 
 
 def _results(x: Tensor | None, dt: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ copies. Where states grow (softmax attention) there is nothing to capture, and `
 
 from __future__ import annotations
 
+import gc
 import threading
 import warnings
 import weakref
@@ -41,8 +42,9 @@ def replay(model: Any, tokens: Tensor, cache: SubquadCache) -> Tensor | None:
         return None
     lease = cache.lease
     if lease is None or not lease.graph.serves(tokens, states):
-        lease = shelf.lend(model, tokens, states)
+        lease = None if cache in shelf.stepwise else shelf.lend(model, tokens, states)
         if lease is None:
+            shelf.stepwise.add(cache)
             return None
     if not lease.graph.holds(states):
         lease.graph.load(states)
@@ -75,10 +77,12 @@ class StepGraph:
             self.states = [{n: t.clone() for n, t in state.items()} for state in states]
             side, here = _side_stream(tokens.device), torch.cuda.current_stream(tokens.device)
             side.wait_stream(here)
-            with torch.cuda.stream(side):  # compile and choose kernels before the capture
-                self._step(model)
-                self._step(model)
-            here.wait_stream(side)
+            try:
+                with torch.cuda.stream(side):  # compile and choose kernels before the capture
+                    self._step(model)
+                    self._step(model)
+            finally:  # if a step failed, its buffers are given back while `side` may still run
+                here.wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
                 self.logits = self._step(model)
@@ -136,7 +140,9 @@ class _Shelf:
 
     def __init__(self) -> None:
         self.idle: list[StepGraph] = []
-        self.fit = True  # False once a step could not be captured
+        self.fit = True  # False once it turned out that this model's step cannot be captured
+        # Caches that got no graph. The next cache may: by then memory may be free.
+        self.stepwise: weakref.WeakSet[SubquadCache] = weakref.WeakSet()
 
     def put_back(self, graph: StepGraph) -> None:
         self.idle.append(graph)
@@ -165,13 +171,32 @@ class _Shelf:
         if any(p.device != tokens.device for p in model.parameters()):
             return None
         try:
-            return Lease(StepGraph(model, tokens, states), self)
+            return Lease(self._capture(model, tokens, states), self)
         except _Grows:
             self.fit = False
         except RuntimeError as error:
-            self.fit = False
+            self.fit = _is_out_of_memory(error)
             warnings.warn(f"decoding goes on without a CUDA graph: {error}", stacklevel=2)
         return None
+
+    def _capture(self, model: Any, tokens: Tensor, states: list[State]) -> StepGraph:
+        """A new graph; if memory runs out, once more without the idle ones, which hold some."""
+        try:
+            return StepGraph(model, tokens, states)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+        self.idle.clear()
+        gc.collect()  # of the failed attempt
+        torch.cuda.empty_cache()
+        return StepGraph(model, tokens, states)
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Also where the end of a capture that ran out of memory failed in its turn."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__context__
+    return error is not None
 
 
 class _Grows(Exception):

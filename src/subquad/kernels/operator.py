@@ -1,0 +1,88 @@
+"""GPU work as PyTorch sees it: an operator for whoever looks at operations, else a plain call.
+
+A custom operator is what `torch.compile`, tracing and dispatch modes need to see. Its way through
+the dispatcher and the autograd that torch generates for it costs 10 to 60 microseconds of Python a
+call, more than small kernels run. So eager calls on plain tensors go straight to the function that
+launches, and where a gradient is recorded to an `autograd.Function` of the same two halves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Operator:
+    """A function of tensors that launches kernels, and `op`, the same as a custom operator.
+
+    Args:
+        name: of the operator, "library::name".
+        launch: takes and returns tensors; its annotations are the operator's schema.
+        mutates: the names of the arguments that it writes over.
+    """
+
+    def __init__(self, name: str, launch: Callable[..., Any], mutates: Iterable[str] = ()) -> None:
+        self.op = torch.library.custom_op(name, launch, mutates_args=tuple(mutates))
+        names = [argument.name for argument in self.op._opoverload._schema.arguments]
+        self._launch = launch
+        self._mutated = tuple(names.index(argument) for argument in mutates)
+        self._differentiable: Any = None
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or _is_watched():
+            return self.op(*args)
+        recorded = False
+        for x in args:
+            if isinstance(x, Tensor):
+                if type(x) not in _PLAIN:  # a fake or a wrapped one
+                    return self.op(*args)
+                recorded = recorded or x.requires_grad
+        if recorded and torch.is_grad_enabled():
+            if self._differentiable is None:
+                return self.op(*args)  # lets torch say that it has no derivative
+            return self._differentiable.apply(*args)
+        for place in self._mutated:
+            if not args[place].is_inference():
+                increment_version(args[place])
+        return self._launch(*args)
+
+    def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
+        """What the operator returns, by shapes and dtypes alone."""
+        self.op.register_fake(fake)
+        return fake
+
+    def register_autograd(self, backward: Callable[..., Any], setup: Callable[..., Any]) -> None:
+        """`setup(ctx, inputs, output)` saves what `backward(ctx, *grads)` needs."""
+        self.op.register_autograd(backward, setup_context=setup)
+
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = self._launch(*args)
+            setup(ctx, args, output)
+            return output
+
+        # With a `setup_context` of its own torch would look up `forward`'s signature in every call.
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        name = self.op._opoverload._schema.name.rpartition("::")[2]
+        self._differentiable = type(name, (torch.autograd.Function,), members)
+
+
+def operator(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Operator]:
+    """Decorates the function that launches."""
+    return lambda launch: Operator(name, launch, mutates)
+
+
+def _is_watched() -> bool:
+    """Whether a transform, a trace or a dispatch mode wants to see each operation."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+    )
