@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subquad.kernels.gpu import triton_missing
 from subquad.recurrence import scan
 from subquad.recurrence.derivatives import recorded_gradients, will_be_differentiated
 from subquad.recurrence.eager import can_call_compiled_code
@@ -21,8 +22,8 @@ from subquad.recurrence.spec import Recurrence
 from subquad.recurrence.validate import check_cu_seqlens, check_shape, check_tensor, choose, fail
 
 # How each form is computed, best first: "numba" walks over the tokens in compiled CPU code.
-FORMS = {"recurrent": ("numba", "reference"), "scan": ("torch",)}
-IMPLS = ("reference", "torch", "numba")
+FORMS = {"recurrent": ("numba", "reference"), "scan": ("triton", "torch")}
+IMPLS = ("reference", "torch", "numba", "triton")
 
 
 @overridable
@@ -51,8 +52,8 @@ def selective_scan(
         state: [S,D,N], h before the first token; None means zeros.
         cu_seqlens: [S+1] int, the bounds of S sequences packed in x (then Bt is 1).
         form: "recurrent" (token by token), "scan" (parallel within chunks) or "auto".
-        impl: "reference" (recurrent), "numba" (recurrent, float32 on the CPU), "torch" (scan, any
-            device) or "auto".
+        impl: "reference" (recurrent), "numba" (recurrent, float32 on the CPU), "triton" (scan,
+            float32 on a GPU), "torch" (scan, any device) or "auto".
 
     Returns:
         y [Bt,T,D] in x's dtype and the last h [S,D,N] in float32 (float64 if x is float64), as is
@@ -92,6 +93,7 @@ def _explain(impl: str, x: Tensor, A: Tensor, S: int) -> Explanation:
     kind = Recurrence("diagonal", "token_element")
     why = {
         "numba": "float32 on the CPU: one compiled pass over the tokens",
+        "triton": "float32 on a GPU: the scan in Triton kernels",
         "torch": "a parallel scan within chunks, in PyTorch operations",
         "reference": "the loop over tokens, as asked for",
     }
@@ -99,7 +101,7 @@ def _explain(impl: str, x: Tensor, A: Tensor, S: int) -> Explanation:
     return Explanation(
         recurrence=kind.write,
         read=kind.read,
-        form="scan" if impl == "torch" else "recurrent",
+        form="scan" if impl in FORMS["scan"] else "recurrent",
         impl=impl,
         chunk=None,
         device=str(x.device),
@@ -172,13 +174,20 @@ def _choose_impl(form: str, impl: str, x: Tensor) -> str:
     if impl == "numba" and not compiled:
         got = f"'numba' with x of {x.dtype} on {x.device}"
         raise fail("impl", got, "float32 or less on the CPU", "use impl='torch' or 'auto'")
+    kernels = x.is_cuda and x.dtype != torch.float64 and triton_missing() is None
+    if impl == "triton" and not kernels:
+        got = f"'triton' with x of {x.dtype} on {x.device}"
+        expected = "float32 or less on a GPU, and Triton installed"
+        raise fail("impl", got, expected, "use impl='torch' or 'auto'")
     if impl != "auto":
         if form != "auto" and impl not in FORMS[form]:
             raise fail("impl", repr(impl), f"one of {FORMS[form]} for form={form!r}", "form='auto'")
         return impl
     if form == "recurrent":
         return "numba" if compiled else "reference"
-    return "numba" if form == "auto" and compiled else "torch"
+    if form == "auto" and compiled:
+        return "numba"
+    return "triton" if kernels else "torch"
 
 
 def _check(
@@ -215,6 +224,10 @@ def _form_module(impl: str) -> ModuleType:
     """Where `forward`, `backward` and `checkpoint_shape` of an implementation are."""
     if impl == "torch":
         return scan
+    if impl == "triton":
+        from subquad.kernels import selective_scan_gpu
+
+        return selective_scan_gpu
     from subquad.kernels import selective_scan_cpu
 
     return selective_scan_cpu
