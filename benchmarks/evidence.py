@@ -2,7 +2,7 @@
 
     python benchmarks/evidence.py parity --size small
     python benchmarks/evidence.py selective_copying:long induction_heads:medium parity:medium@cpu \\
-        --gpus 4 --jobs 40 --cpu-jobs 24 --deadline 540
+        --gpus 0,1,2,3 --jobs 40 --cpu-jobs 24 --deadline 540
 
 Sizes: small (CPU, a few minutes a row), medium and long (GPUs, minutes a row) and published. Every
 row, learning rate and seed is an arena of its own under runs/evidence, so what was stopped goes on,
@@ -51,7 +51,8 @@ def main() -> None:
         job.run(args.work, args.until and args.until - time.time())
         return
     if args.jobs or args.cpu_jobs:
-        slots = [str(i % args.gpus) for i in range(args.jobs)] + ["cpu"] * args.cpu_jobs
+        gpus = args.gpus.split(",")
+        slots = [gpus[i % len(gpus)] for i in range(args.jobs)] + ["cpu"] * args.cpu_jobs
         asked = [j for j in jobs if not j.is_done(args.work) and (not only or j.row in only)]
         left = run_side_by_side(asked, args.work, slots, args.deadline, args.reserve)
         print(f"{len(left)} of {len(asked)} are not finished: {[job.place for job in left]}")
@@ -79,7 +80,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--lrs", default="", help="likewise, with commas between")
     parser.add_argument("--seeds", default="", help="with commas between")
     parser.add_argument("--jobs", type=int, default=0, help="processes that share the GPUs")
-    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--gpus", default="0", help="their numbers, with commas between")
     parser.add_argument("--cpu-jobs", type=int, default=0, help="processes for NAME:SIZE@cpu")
     parser.add_argument("--deadline", type=float, default=3600.0, help="seconds for all jobs")
     parser.add_argument("--reserve", type=float, default=60.0, help="of these for the last tests")

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +64,14 @@ class Part:
         return replace(plan, lrs=self.lrs or plan.lrs, seeds=self.seeds or plan.seeds)
 
     def jobs(self) -> Iterator["Job"]:
-        """Every row at every width, learning rate and seed."""
-        plan = self.plan
-        for settings in plan.settings:
+        """Every row at every width, learning rate and seed.
+
+        All rows at one learning rate before the next: where time runs out, rows were tried alike.
+        """
+        plan, rows = self.plan, EXPERIMENTS[self.name].rows
+        for lr, seed, settings, row in product(plan.lrs, plan.seeds, plan.settings, rows):
             width = f" d={settings['hidden_size']}" if len(plan.settings) > 1 else ""
-            for row in EXPERIMENTS[self.name].rows:
-                for lr in plan.lrs:
-                    for seed in plan.seeds:
-                        yield Job(self, settings, row, f"{row}{width}", width, lr, seed)
+            yield Job(self, settings, row, f"{row}{width}", width, lr, seed)
 
 
 @dataclass(frozen=True)
