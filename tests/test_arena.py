@@ -109,6 +109,23 @@ def test_a_row_takes_part_twice_with_other_options(config, tmp_path):
     assert again == results
 
 
+def test_of_several_learning_rates_each_row_is_shown_at_its_best(config, tmp_path):
+    rates = (1e-6, 1e-2, 1e30)  # one does nothing, one learns, one breaks
+    results = run_arena(replace(config, rows=("gla",), lr=rates, steps=20), tmp_path)
+    (result,) = results.rows
+    assert result.lr == 1e-2
+    ends = {attempt.lr: attempt.bits_per_byte for attempt in result.attempts}
+    assert list(ends) == list(rates) and ends[1e-2] < ends[1e-6] and ends[1e30] is None
+    steady = result.training.bits_per_byte[-2:]  # the last tenth of 20 steps
+    assert ends[1e-2] == pytest.approx(sum(steady) / 2)
+    assert (tmp_path / "gla" / "lr=0.01" / "config.json").exists()
+    page = write_report(results, tmp_path).read_text("utf-8")
+    assert f"gla 0.01 (1e-06: {ends[1e-6]:.3f}, 0.01: {ends[1e-2]:.3f}, 1e+30: broke off)" in page
+    assert "--lr 1e-06,0.01,1e+30" in page
+    assert run_arena(results.config, tmp_path) == results
+    assert ArenaResults.from_json(json.loads(json.dumps(results.to_json()))) == results
+
+
 # ---- measurements
 
 

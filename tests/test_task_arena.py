@@ -457,7 +457,7 @@ def test_the_command_line_of_a_report_asks_the_same_again():
     words = task_command_line(config).split()
     assert words[:4] == ["subquad", "arena", "--task", "mqar"]
     sets = [words[i + 1].strip("'") for i, word in enumerate(words) if word == "--set"]
-    given = {"task": "mqar", "rows": "gla,deltanet:num_heads=2", "steps": 7, "lr": 1e-3}
+    given = {"task": "mqar", "rows": "gla,deltanet:num_heads=2", "steps": 7, "lr": "1e-3"}
     assert "--steps 7" in " ".join(words)
     assert task_config(given, sets) == config
 

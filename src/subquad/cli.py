@@ -364,8 +364,13 @@ def arena(
         int | None, typer.Option(help="Sequences in a step.", show_default="4; the task's")
     ] = None,
     lr: Annotated[
-        float | None,
-        typer.Option(help="Peak learning rate of every row.", show_default="0.003; the task's"),
+        str | None,
+        typer.Option(
+            help="Peak learning rate of every row. Of several (1e-3,3e-3; on text) each row is "
+            "trained at each and shown at its best.",
+            show_default="0.003; the task's",
+            metavar="<float,...>",
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of weights and batches.", show_default="0")

@@ -10,7 +10,7 @@ from rich.console import Console
 from subquad import tasks
 from subquad.arena.entrants import split_rows
 from subquad.arena.progress import ArenaProgress
-from subquad.arena.report import terminal_table, write_report
+from subquad.arena.report import learning_rates, terminal_table, write_report
 from subquad.arena.results import ArenaConfig, ArenaResults
 from subquad.arena.run import run_arena
 from subquad.arena.scaling import ScalingConfig, run_scaling, write_scaling
@@ -32,6 +32,8 @@ def arena_command(out: Path, given: dict[str, Any]) -> int:
         given["rows"] = split_rows(given["rows"])
     if "parameters" in given:
         given["parameters"] = parse_count(given["parameters"])
+    if "lr" in given:
+        given["lr"] = parse_rates(given["lr"])
     config = ArenaConfig(**given)
     console = Console()
     with ArenaProgress(console) as progress:
@@ -81,6 +83,11 @@ def task_config(given: dict[str, Any], settings: list[str]) -> TaskArenaConfig:
         given["rows"] = split_rows(given["rows"])
     if "parameters" in given:
         given["parameters"] = parse_count(given["parameters"])
+    if "lr" in given:
+        rates = parse_rates(given["lr"])
+        if len(rates) > 1:
+            raise fail("lr", list(rates), "one number on a task", "run the arena once for each")
+        given["lr"] = rates[0]
     own = {field.name for field in fields(TaskArenaConfig)} - {"task", "settings"}
     of_task = dict[str, Any]()
     for setting in settings:
@@ -163,6 +170,15 @@ def parse_count(text: str) -> int:
         ) from None
 
 
+def parse_rates(text: str) -> tuple[float, ...]:
+    """`1e-3,3e-3` -> (0.001, 0.003)."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        expected = "a number, or several with commas between"
+        raise fail("lr", repr(text), expected, "for example --lr 1e-3,3e-3") from None
+
+
 def show(results: ArenaResults, console: Console) -> None:
     """The samples, then the table, which is what one wants to have on the screen in the end."""
     for result in results.rows:
@@ -177,3 +193,5 @@ def show(results: ArenaResults, console: Console) -> None:
         "bits/byte: held-out text, lower is better; tok/s and cache: decoding one sequence",
         style="dim",
     )
+    if len(results.config.rates) > 1:
+        console.print(f"learning rate: {learning_rates(results)}", style="dim", highlight=False)

@@ -92,6 +92,7 @@ def render_html(results: ArenaResults) -> str:
         decode_warm_up=DECODE_WARM_UP,
         decode_steps=DECODE_STEPS,
         details=_details(results),
+        learning_rates=learning_rates(results),
         command=command_line(config, results.plan.steps),
     )
 
@@ -99,14 +100,32 @@ def render_html(results: ArenaResults) -> str:
 def command_line(config: ArenaConfig, steps: int) -> str:
     """The command that trains the same models on the same tokens, however fast the machine."""
     words = ["subquad", "arena", "--steps", str(steps)]
-    flags = ("rows", "parameters", "data", "seq_len", "batch_size", "seed")
+    flags = ("rows", "parameters", "data", "seq_len", "batch_size", "lr", "seed")
     defaults = {field.name: field.default for field in fields(ArenaConfig)}
     for name in flags:
         value = getattr(config, name)
         if value != defaults[name]:
-            text = ",".join(value) if name == "rows" else str(value)
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
             words += [f"--{name.replace('_', '-')}", text]
     return shlex.join(words)
+
+
+def learning_rates(results: ArenaResults) -> str:
+    """Which each row was trained at, and where several were tried, how it did at each."""
+    rates = results.config.rates
+    if len(rates) == 1:
+        return f"{rates[0]:g} at its peak, for every row"
+    told = []
+    for result in results.rows:
+        ends = ", ".join(
+            f"{a.lr:g}: {'broke off' if a.bits_per_byte is None else f'{a.bits_per_byte:.3f}'}"
+            for a in result.attempts
+        )
+        told.append(f"{result.name} {result.lr:g} ({ends})")
+    return (
+        "each row's best of several, by bits per byte over the last tenth of its training: "
+        + "; ".join(told)
+    )
 
 
 def _page_rows(results: ArenaResults) -> list[dict[str, Any]]:
@@ -198,6 +217,7 @@ def _details(results: ArenaResults) -> list[tuple[str, str]]:
             ),
         ),
         ("Seed", str(results.config.seed)),
+        ("Learning rate", learning_rates(results)),
         (
             "Embedding",
             "; ".join(f"{row.name} {row.shape.embedding_parameters:,}" for row in rows)

@@ -5,7 +5,7 @@ Units, everywhere: bits per byte, seconds, tokens per second, bytes. Nothing her
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ class ArenaConfig:
     parameters: trainable parameters of every model, embeddings counted once (they are tied).
     minutes:    wall-clock budget for everything, from which one number of steps for all rows is
                 derived; ignored where `steps` is given.
+    lr:         peak learning rate of every row; of several, each row is trained at each, and shown
+                at the one that ends its training best.
     contexts:   context lengths, in tokens, at which decoding is timed and the cache weighed.
     """
 
@@ -33,7 +35,7 @@ class ArenaConfig:
     minutes: float = 6.0
     seq_len: int = 256
     batch_size: int = 4
-    lr: float = 3e-3
+    lr: float | tuple[float, ...] = 3e-3
     seed: int = 0
     contexts: tuple[int, ...] = (128, 2048, 16384)
     heldout_tokens: int = 65_536
@@ -45,16 +47,28 @@ class ArenaConfig:
         # JSON has no tuples; a config read back must equal the one written.
         object.__setattr__(self, "rows", tuple(self.rows))
         object.__setattr__(self, "contexts", tuple(sorted(self.contexts)))
+        if isinstance(self.lr, list | tuple):
+            rates = tuple(sorted(set(self.lr)))
+            object.__setattr__(self, "lr", rates[0] if len(rates) == 1 else rates)
         check_rows(self.rows)
         self.entrants()
-        for name in ("parameters", "seq_len", "batch_size", "lr", "minutes"):
+        for name in ("parameters", "seq_len", "batch_size", "minutes"):
             _require_positive(name, getattr(self, name))
+        if not self.rates:
+            raise ValueError("lr must be a positive number or several, got none")
+        for rate in self.rates:
+            _require_positive("lr", rate)
         if self.steps is not None:
             _require_positive("steps", self.steps)
         if not self.contexts or self.contexts[0] < 1:
             raise ValueError(f"contexts must be positive token counts, got {list(self.contexts)}")
         if not self.prompt:
             raise ValueError("prompt must not be empty: every row continues the same text")
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates, from the smallest."""
+        return self.lr if isinstance(self.lr, tuple) else (self.lr,)
 
     def entrants(self) -> list[Entrant]:
         """The rows, read. ValueError for an unknown row or option."""
@@ -116,6 +130,17 @@ class Training:
 
 
 @dataclass(frozen=True)
+class Attempt:
+    """A row at one learning rate, by the mean over the last tenth of its training.
+
+    Losses are of batches before the step on them; the held-out text has no say in the choice.
+    """
+
+    lr: float
+    bits_per_byte: float | None  # None: training broke off, its loss was no number
+
+
+@dataclass(frozen=True)
 class RowResult:
     """All about one finished row; heldout_bits[i] and heldout_bytes[i] are held-out window i's."""
 
@@ -126,6 +151,9 @@ class RowResult:
     decode: list[DecodeTiming]
     sample: str
     label: str = ""  # as it was asked for, options included; empty for the row's name
+    # Where several learning rates were tried: the best, and what each ended with (`Attempt`).
+    lr: float | None = None
+    attempts: list["Attempt"] = field(default_factory=list)
 
     @property
     def row(self) -> str:
@@ -150,7 +178,10 @@ class RowResult:
             heldout_bytes=record["heldout_bytes"],
             decode=[DecodeTiming(**timing) for timing in record["decode"]],
             sample=record["sample"],
-            label=record.get("label", ""),  # results written before rows could have options
+            # Results written before there were options and several learning rates have no:
+            label=record.get("label", ""),
+            lr=record.get("lr"),
+            attempts=[Attempt(**attempt) for attempt in record.get("attempts", [])],
         )
 
 
@@ -217,6 +248,7 @@ class ArenaResults:
             {
                 "row": result.name,
                 "parameters": result.shape.parameters,
+                "lr": result.lr,
                 "heldout_bits_per_byte": result.bits_per_byte,
                 "train_tokens_per_second": result.training.tokens_per_second,
                 "decode_tokens_per_second": {t.context: t.tokens_per_second for t in result.decode},

@@ -3,13 +3,15 @@
 What lies where:
 
     DIR/plan.json        what was asked and settled, written before training
-    DIR/ROW/             an ordinary training run (`subquad generate DIR/ROW` works)
+    DIR/ROW/             an ordinary training run (`subquad generate DIR/ROW` works); of several
+                         learning rates one each: DIR/ROW/lr=0.001/
     DIR/ROW/result.json  all about the row, once it is finished
     DIR/results.json     everything in one file
     DIR/report.html      everything on one page
 """
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +27,7 @@ from subquad.arena.measure import decode_timings, heldout_windows
 from subquad.arena.results import (
     ArenaConfig,
     ArenaResults,
+    Attempt,
     Plan,
     RowResult,
     Shape,
@@ -32,7 +35,7 @@ from subquad.arena.results import (
     write_json,
 )
 from subquad.generate import stream
-from subquad.train import Corpus, TrainConfig, TrainResult, load_corpus, train
+from subquad.train import Corpus, TrainConfig, TrainingError, TrainResult, load_corpus, train
 
 Record = dict[str, Any]
 _CALIBRATION_STEPS = 8
@@ -96,7 +99,7 @@ def _make_plan(
     decode, step_seconds, other_seconds = {}, 0.0, 0.0
     for row, shape in shapes.items():
         on_event({"kind": "measure", "row": row, "what": "training"})
-        settings = _train_config(config, shape, _CALIBRATION_STEPS)
+        settings = _train_config(config, shape, _CALIBRATION_STEPS, config.rates[0])
         trained = train(settings, corpus=corpus)
         if trained.interrupted:
             raise KeyboardInterrupt
@@ -104,7 +107,7 @@ def _make_plan(
         # Timing the steps of a model does not need its final weights: they do not change the work.
         on_event({"kind": "measure", "row": row, "what": "decoding"})
         decode[row] = decode_timings(trained.model, text, config.contexts)
-        step_seconds += seconds
+        step_seconds += seconds * len(config.rates)
         # Scoring a token takes a third of training on it; a sample goes token by token.
         scoring = config.heldout_tokens / (config.batch_size * config.seq_len) * seconds / 3
         other_seconds += scoring + config.sample_tokens * decode[row][0].seconds_per_token
@@ -120,16 +123,8 @@ def _run_row(
 ) -> RowResult:
     """Train one row, score it and let it write. KeyboardInterrupt if it was stopped on the way."""
     config, shape = plan.config, plan.shapes[row]
-    settings = _train_config(config, shape, plan.steps)
-    trained = train(
-        settings,
-        folder,
-        resume=folder.exists(),
-        on_event=lambda record: on_event({**record, "row": row}),
-        corpus=corpus,
-    )
-    if trained.interrupted:
-        raise KeyboardInterrupt
+    trained, attempts = _train_row(row, plan, corpus, folder, on_event)
+    settings = trained.config
     on_event({"kind": "measure", "row": row, "what": "held-out text"})
     bits, sizes = heldout_windows(trained.model, corpus.heldout, settings, config.heldout_tokens)
     pieces = stream(
@@ -143,12 +138,53 @@ def _run_row(
     losses = [record["bits_per_byte"] for record in trained.history if record["kind"] == "train"]
     tokens = config.batch_size * config.seq_len
     training = Training(losses, _step_seconds(trained), tokens)
-    result = RowResult(shape, training, bits, sizes, plan.decode[row], sample, row)
+    decode, lr = plan.decode[row], settings.lr
+    result = RowResult(shape, training, bits, sizes, decode, sample, row, lr, attempts)
     write_json(folder / "result.json", asdict(result))
     return result
 
 
-def _train_config(config: ArenaConfig, shape: Shape, steps: int) -> TrainConfig:
+def _train_row(
+    row: str, plan: Plan, corpus: Corpus, folder: Path, on_event: Callable[[Record], None]
+) -> tuple[TrainResult, list[Attempt]]:
+    """The row at its best learning rate, and how it did at each where there are several."""
+    rates, attempts = plan.config.rates, []
+    best, least = None, math.inf
+    for lr in rates:
+        own = folder if len(rates) == 1 else folder / f"lr={lr:g}"
+        if len(rates) > 1:
+            on_event({"kind": "measure", "row": row, "what": f"learning rate {lr:g}"})
+        try:
+            trained = train(
+                _train_config(plan.config, plan.shapes[row], plan.steps, lr),
+                own,
+                resume=own.exists(),
+                on_event=lambda record: on_event({**record, "row": row}),
+                corpus=corpus,
+            )
+        except TrainingError:  # too fast; another rate may do
+            if best is None and lr == rates[-1]:
+                raise
+            attempts.append(Attempt(lr, None))
+            continue
+        if trained.interrupted:
+            raise KeyboardInterrupt
+        end = _end(trained)
+        attempts.append(Attempt(lr, end))
+        if best is None or end < least:
+            best, least = trained, end
+    assert best is not None
+    return best, attempts if len(rates) > 1 else []
+
+
+def _end(trained: TrainResult) -> float:
+    """Bits per byte over the last tenth of the training."""
+    losses = [record["bits_per_byte"] for record in trained.history if record["kind"] == "train"]
+    last = losses[-max(1, len(losses) // 10) :]
+    return float(sum(last) / len(last))
+
+
+def _train_config(config: ArenaConfig, shape: Shape, steps: int, lr: float) -> TrainConfig:
     """The same for every row but for the model."""
     return TrainConfig(
         model=shape.model,
@@ -156,7 +192,7 @@ def _train_config(config: ArenaConfig, shape: Shape, steps: int) -> TrainConfig:
         steps=steps,
         batch_size=config.batch_size,
         seq_len=config.seq_len,
-        lr=config.lr,
+        lr=lr,
         seed=config.seed,
         device=config.device,
         eval_every=steps,
