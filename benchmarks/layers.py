@@ -4,7 +4,8 @@
 
 One decoded token of the matrix recurrence, the short convolution, and gated norms: median
 milliseconds of eager calls and of a captured graph's replays, and the memory floor at this
-machine's copy rate. `--tune` times the kernels over tile sizes instead of the peers.
+machine's copy rate. Then what an eager call of each engine costs the host: microseconds a call of
+work so small that the GPU always waits. `--tune` times the kernels over tile sizes instead.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import subquad
 from subquad.kernels import matrix_step, norm, short_convolution
 from subquad.recurrence.convolution import _convolve
 from subquad.recurrence.gpu import overwriting_states
-from subquad.recurrence.norm import _plain
+from subquad.recurrence.norm import _plain, rms_norm, skipped_gated_rms_norm
 
 H, K, V = 16, 128, 128
 BF16 = {"device": "cuda", "dtype": torch.bfloat16}
@@ -188,16 +189,100 @@ def gated_norms(peers: bool):
             ).flatten(-2)
         order = "gate first" if first else "norm first"
         yield f"gated norm, {order}, groups of {size}, B{B} T{T} D{D}", [x, gate, weight], calls
+    yield skipped_norm(B, T, D)
     x = torch.randn(B, T, D, **BF16).requires_grad_()
     weight = torch.randn(D, **BF16).requires_grad_()
     yield (
         f"rms norm B{B} T{T} D{D}",
         [x, weight],
         {
-            "ours": lambda x, w: norm.norm(x, None, w, D, False, 1e-5, 1.0),
+            "ours": lambda x, w: rms_norm(x, D, w, 1e-5),
             "torch": lambda x, w: F.rms_norm(x, (D,), w, 1e-5),
         },
     )
+
+
+def skipped_norm(B: int, T: int, D: int):
+    y, x, gate = (torch.randn(B, T, D, **BF16).requires_grad_() for _ in range(3))
+    weight, skip = torch.randn(D, **BF16), torch.randn(32, device="cuda")
+
+    def ours(y, x, gate, w, skip):
+        y, x = (t.unflatten(-1, (32, -1)) for t in (y, x))
+        return skipped_gated_rms_norm(y, x, skip, gate, D, w, 1e-5)
+
+    def plain(y, x, gate, w, skip):
+        y = y + x * skip.to(x.dtype).repeat_interleave(D // 32)
+        return _plain(y * F.silu(gate), D, w, 1e-5)
+
+    leaves = [y, x, gate, weight.requires_grad_(), skip.requires_grad_()]
+    return f"skip, gate, norm B{B} T{T} D{D}", leaves, {"ours": ours, "torch": plain}
+
+
+# ---- the host's side of an eager call
+
+
+def host_us(call: Callable[[], object]) -> float:
+    """Microseconds until a call comes back, its work still queued."""
+    for _ in range(10):
+        call()
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(50):
+            call()
+        times.append(time.perf_counter() - began)
+    return min(times) / 50 * 1e6
+
+
+def eager_calls(peers: bool) -> list[dict]:
+    from subquad.recurrence.timestep import discretize
+
+    T = 64
+    q, k, v = (torch.randn(1, T, 2, 64, **BF16).requires_grad_() for _ in range(3))
+    gate = F.logsigmoid(torch.randn(1, T, 2, device="cuda")).requires_grad_()
+    channels = F.logsigmoid(torch.randn(1, T, 2, 64, device="cuda")).requires_grad_()
+    x, weight, filters = (torch.randn(*s, **BF16) for s in ((1, T, 128), (128,), (128, 4)))
+    dt, bias = torch.randn(1, T, 2, **BF16), torch.randn(2, device="cuda")
+    for parameter in (x, weight, filters, dt, bias):
+        parameter.requires_grad_()
+    one = [t[:, :1].detach() for t in (q, k, v, gate)]
+    state = torch.zeros(1, 2, 64, 64, device="cuda")
+    work = {
+        "one token": (lambda: subquad.linear_recurrence(*one, state=state), None),
+        "no decay": (lambda: subquad.linear_recurrence(q, k, v), [q, k, v]),
+        "decay a head": (lambda: subquad.linear_recurrence(q, k, v, gate), [q, k, v, gate]),
+        "decay a key channel": (
+            lambda: subquad.linear_recurrence(q, k, v, channels), [q, k, v, channels],
+        ),
+        "short convolution": (lambda: subquad.short_convolution(x, filters), [x, filters]),
+        "rms norm": (lambda: rms_norm(x, 128, weight, 1e-5), [x, weight]),
+        "discretize": (lambda: discretize(v, dt, bias, bias), [v, dt, bias]),
+        "torch's rms norm": (lambda: F.rms_norm(x, (128,), weight), [x, weight]),
+    }  # fmt: skip
+    if peers:
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        work["decay a head, fla"] = (lambda: chunk_simple_gla(q, k, v, gate), [q, k, v, gate])
+    return [host_row(name, *parts) for name, parts in work.items()]
+
+
+def host_row(name: str, call: Callable, leaves: list[Tensor] | None) -> dict:
+    def both():
+        out = call()
+        out = out if isinstance(out, Tensor) else out[0]
+        torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    row = {"work": "eager call", "kind": name}
+    try:
+        with torch.no_grad():
+            row["forward_us"] = host_us(call)
+        if leaves:
+            row["both_us"] = host_us(both)
+    except Exception as error:  # a peer that cannot run is a result
+        row["error"] = f"{type(error).__name__}: {error}"[:200]
+    print(row, flush=True)
+    return row
 
 
 def timed(row: dict, calls: dict[str, Callable]) -> dict:
@@ -242,14 +327,14 @@ def tune(rate: float) -> list[dict]:
                 times[f"B{B} {kind}"] = replayed(call)
         note(tile=tile, warps=warps, **times)
     _, leaves, calls = convolution(False)
-    for tokens, channels, warps in itertools.product((16, 32, 64), (64, 128), (1, 2, 4)):
-        short_convolution.TOKENS = short_convolution.BACK_TOKENS = tokens
-        short_convolution.CHANNELS, short_convolution.STEPS = channels, 512 // tokens
-        short_convolution.WARPS = short_convolution.BACK_WARPS = warps
+    conv = short_convolution
+    for channels, length, at_once in itertools.product((64, 128, 256), (32, 64, 128), (4, 8, 16)):
+        conv.CHANNELS, conv.LENGTHS = channels, (length,)
+        conv.AT_ONCE = conv.BACK_AT_ONCE = at_once
         run = [trained(calls["ours"], leaves, grads) for grads in (False, True)]
         [call() for call in run]
         split = kernel_ms(run[1])
-        note(tokens=tokens, channels=channels, warps=warps, ms=[replayed(run[0]), split])
+        note(channels=channels, length=length, at_once=at_once, ms=[replayed(run[0]), split])
     works = [(leaves, calls["ours"]) for _, leaves, calls in gated_norms(False)]
     for tile, steps in itertools.product((1024, 2048, 4096), (8, 16)):
         norm.TILE, norm.STEPS = tile, steps
@@ -276,7 +361,11 @@ def main() -> None:
         "copy_TB_per_s": rate / 1e12,
     }
     peers = not args.no_peers
-    report["rows"] = tune(rate) if args.tune else tokens(rate, peers) + layers(rate, peers)
+    if args.tune:
+        report["rows"] = tune(rate)
+    else:
+        report["rows"] = tokens(rate, peers) + layers(rate, peers)
+        report["eager_calls"] = eager_calls(peers)
     args.out.write_text(json.dumps(report, indent=1))
 
 

@@ -1,12 +1,14 @@
 """Language models of 350M parameters on this machine's GPU: training, and prefill with decoding.
 
     PYTHONPATH=src python benchmarks/models.py --out models.json --plot models
+    PYTHONPATH=src python benchmarks/models.py --work train --peers fla mamba_ssm
 
 Training: tokens a second of forward, backward and a fused AdamW step, bfloat16, 8 x 4096 tokens,
 and the share of the machine's own matrix product rate that 6 operations a parameter and token make
-(the recurrence's own operations are not counted). Generation: 2048 tokens of prompt and 128 new
-ones, greedy, at several batch sizes, against a Llama of transformers of the same size (SDPA, its
-generate() and growing cache, as it comes).
+(the recurrence's own operations are not counted). `--peers` trains models of the same sizes by fla
+and mamba_ssm too (models_peers.py). Generation: 2048 tokens of prompt and 128 new ones, greedy, at
+several batch sizes, against a Llama of transformers of the same size (SDPA, its generate() and
+growing cache, as it comes).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import models_peers
 import torch
 
 from subquad import SubquadConfig, SubquadForCausalLM
@@ -56,11 +59,12 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
-def build(name: str) -> Any:
+def build(name: str, peer: str | None = None) -> Any:
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = MODELS[name]()
-    model.generation_config.eos_token_id = None
+        model = models_peers.MODELS[peer, name](VOCABULARY) if peer else MODELS[name]()
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.eos_token_id = None
     wide = getattr(getattr(model, "model", None), "_keep_in_fp32_modules_strict", None) or ()
     for name, parameter in model.named_parameters():  # as from_pretrained(dtype=bfloat16) does
         if not any(re.search(pattern, name) for pattern in wide):
@@ -93,30 +97,61 @@ def profile(step: Callable[[], None], path: Path) -> None:
     path.write_text(table)
 
 
-def train(name: str, batch: int, length: int, peak: float, folder: Path | None) -> dict[str, Any]:
-    model = build(name).train()
+def own_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+
+def compile_parts(model: Any) -> None:
+    """torch.compile for what is around our kernels: each block, and transformers' loss."""
+    for block in model.model.layers:
+        block.compile()
+    model.loss_function = torch.compile(model.loss_function)
+
+
+def train(
+    name: str, batch: int, length: int, peak: float, folder: Path | None, peer: str | None = None,
+    compiled: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    model = build(name, peer).train()
+    if compiled:
+        compile_parts(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     ids = torch.randint(0, VOCABULARY, (batch, length), device="cuda")
 
     def step() -> None:
-        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        loss(model, ids).backward()
         optimizer.step()
         optimizer.zero_grad()
 
+    loss = models_peers.loss if peer else own_loss
     first = seconds(step)
     seconds(step)
     torch.cuda.reset_peak_memory_stats()
     median = statistics.median(seconds(step) for _ in range(5))
     rate = batch * length / median
     if folder is not None:
-        profile(step, folder / f"train-{name}.txt")
+        profile(step, folder / f"train-{name}{'-' + peer if peer else ''}.txt")
     parameters = sum(p.numel() for p in model.parameters())
     return {
-        "work": "train", "model": name, "batch": batch, "length": length,
+        "work": "train", "model": name, "by": peer or "subquad",
+        "compiled": compiled, "batch": batch, "length": length,
         "parameters": parameters, "tokens_per_s": rate, "ms": median * 1e3,
         "share_of_matmul_peak": 6 * parameters * rate / peak,
         "peak_GiB": torch.cuda.max_memory_allocated() / 2**30, "first_step_s": first,
     }  # fmt: skip
+
+
+def tried(name: str, peak: float, folder: Path | None, **how: Any) -> dict[str, Any]:
+    """A row of training, or of the error with which it ended: that is a result, too."""
+    if how.get("peer"):
+        models_peers.prepare()
+    try:
+        return train(name, 8, 4096, peak, folder, **how)
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}"[:200]
+        return {"work": "train", "model": name, "by": how.get("peer", "subquad"), "error": found}
+    finally:
+        torch.cuda.empty_cache()
 
 
 def generate(name: str, batches: list[int], folder: Path | None) -> list[dict[str, Any]]:
@@ -185,6 +220,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 128])
+    parser.add_argument("--compile", action="store_true", help="train ours compiled, too")
+    parser.add_argument("--peers", nargs="*", default=[], choices=["fla", "mamba_ssm"])
     parser.add_argument("--work", nargs="+", default=["train", "generate"])
     parser.add_argument("--profile", type=Path, help="folder for tables of a step's kernels")
     parser.add_argument("--out", type=Path, default=Path("models.json"))
@@ -215,6 +252,15 @@ def main() -> None:
             report["rows"].append(train(name, 8, 4096, peak, args.profile))
             print(report["rows"][-1], flush=True)
         torch.cuda.empty_cache()
+        args.out.write_text(json.dumps(report, indent=1))
+    for peer, name in models_peers.MODELS:
+        if peer in args.peers and name in args.models:
+            report["rows"].append(tried(name, peak, args.profile, peer=peer))
+            print(report["rows"][-1], flush=True)
+            args.out.write_text(json.dumps(report, indent=1))
+    for name in args.models if args.compile else []:
+        report["rows"].append(tried(name, peak, None, compiled=True))
+        print(report["rows"][-1], flush=True)
         args.out.write_text(json.dumps(report, indent=1))
     if args.plot:
         plot(report["rows"], args.plot, report["device"])

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.kernels import matrix_step, norm, short_convolution, skip, timestep
+from subquad.kernels import matrix_step, norm, short_convolution, timestep
 from subquad.recurrence import reference
 from subquad.recurrence.convolution import _convolve
 from subquad.recurrence.norm import _plain
@@ -172,25 +172,32 @@ def convolved_token(
 
 def gated_norm(
     shape: tuple[int, ...] = (2, 9, 40), size: int = 20, weight: str | None = "shared",
-    order: str | None = "norm first",
+    order: str | None = "norm first", heads: int = 0, dtype: torch.dtype | None = None,
 ) -> Work:  # fmt: skip
+    """heads: how many of them have a skip (0: none); dtype: of the result, if not x's."""
     torch.manual_seed(0)
     width = {None: 0, "shared": size, "own": shape[-1]}[weight]
     inputs = {
         "x": _strided(*shape), "gate": _strided(*shape) if order else None,
         "weight": torch.randn(width) if weight else None,
+        "values": _strided(*shape) if heads else None,
+        "skip": torch.randn(heads) if heads else None,
     }  # fmt: skip
 
-    def ours(x, gate, weight):
-        return (norm.norm(x, gate, weight, size, order == "gate first", 1e-5, 0.7),)
+    def ours(*given):
+        return (norm.norm(*given, size, order == "gate first", 1e-5, 0.7, dtype),)
 
-    def torch_form(x, gate, weight):
+    def torch_form(x, gate, weight, values, skip):
+        result = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
+        if values is not None:
+            x = x + values * skip.to(x.dtype).repeat_interleave(shape[-1] // heads)
         if order == "gate first":
             return (_plain(x * F.silu(gate), size, weight, 1e-5) * 0.7,)
-        y = _plain(x, size, weight, 1e-5) * 0.7
-        return (y if gate is None else y * F.silu(gate),)
+        y = _plain(x, size, None if weight is None else weight.to(x.dtype), 1e-5) * 0.7
+        return ((y if gate is None else y * F.silu(gate)).to(result),)
 
-    return Work(ours, torch_form, inputs)
+    keep = ("skip",) if dtype is None else ("skip", "x")
+    return Work(lambda x, **others: ours(x, *others.values()), torch_form, inputs, keep=keep)
 
 
 # ---- selective step sizes
@@ -217,19 +224,3 @@ def steps(
         return ((x * step[..., None]).to(x.dtype), log_decay) if values else (log_decay,)
 
     return Work(ours, torch_form, inputs, keep=("dt_bias", "A_log"))
-
-
-def skipped(B: int = 2, T: int = 70, H: int = 3, P: int = 20) -> Work:
-    torch.manual_seed(0)
-    inputs = {
-        "y": torch.randn(B, T, H, P), "x": _strided(B, T, H * P).unflatten(-1, (H, P)),
-        "weight": torch.randn(H),
-    }  # fmt: skip
-
-    def ours(y, x, weight):
-        return (skip.add_skip(y, x, weight),)
-
-    def torch_form(y, x, weight):
-        return (torch.addcmul(y, x, weight[:, None].to(x.dtype)),)
-
-    return Work(ours, torch_form, inputs, keep=("weight",))

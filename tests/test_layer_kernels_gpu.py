@@ -15,11 +15,10 @@ from layer_cases import (
     convolved_token,
     errors,
     gated_norm,
-    skipped,
     steps,
     token,
 )
-from subquad.kernels import matrix_step, norm, short_convolution, skip, timestep
+from subquad.kernels import matrix_step, norm, short_convolution, timestep
 from subquad.recurrence.gpu import overwriting_states
 from subquad.recurrence.norm import gated_rms_norm, l2_norm
 
@@ -98,9 +97,14 @@ def test_steps(values, dtype):
 
 
 @DTYPES
-def test_skip(dtype):
-    check(skipped(3, 333, 32, 64), dtype)
-    check(skipped(2, 50, 5, 20), dtype)
+def test_norm_of_a_skip(dtype):
+    check(gated_norm((3, 333, 2048), 2048, "own", "gate first", heads=32), dtype)
+    check(gated_norm((2, 50, 100), 20, "shared", "gate first", heads=5), dtype)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_norm_of_a_wider_residual(dtype):
+    check(gated_norm((3, 333, 1024), 1024, "own", None, dtype=dtype), dtype)
 
 
 def test_bits_repeat():
@@ -108,7 +112,7 @@ def test_bits_repeat():
         convolution(B=4, T=3000, D=300),
         gated_norm((9000, 512), 64),
         steps(4, 3000),
-        skipped(4, 3000),
+        gated_norm((9000, 512), 512, "own", "gate first", heads=8),
     )
     for work in works:
         first, second = (work.results(work.ours, "cuda", BF16) for _ in range(2))
@@ -123,10 +127,9 @@ def test_offsets_beyond_32_bits():
     last = short_convolution.convolve(x[:, -50:].clone(), weight, None, None, None, True)
     assert torch.equal(y[:, -40:], last[:, -40:])
     del y
-    y = norm.norm(x, None, None, 2100, False, 1e-5, 1.0)
-    assert torch.equal(
-        y[:, -40:], norm.norm(x[:, -40:].clone(), None, None, 2100, False, 1e-5, 1.0)
-    )
+    options = (None, None, None, None, 2100, False, 1e-5, 1.0, None)
+    y = norm.norm(x, *options)
+    assert torch.equal(y[:, -40:], norm.norm(x[:, -40:].clone(), *options))
 
 
 def test_opcheck():
@@ -143,9 +146,9 @@ def test_opcheck():
     inputs = [x.requires_grad_() for x in cuda(convolution(T=9))]
     torch.library.opcheck(short_convolution.convolve.op, (*inputs, None, True))
     torch.library.opcheck(timestep.discretise.op, [x.requires_grad_() for x in cuda(steps(T=9))])
-    torch.library.opcheck(skip.add_skip.op, [x.requires_grad_() for x in cuda(skipped(T=9))])
-    x, gate, weight = (x.requires_grad_() for x in cuda(gated_norm()))
-    torch.library.opcheck(norm.norm.op, (x, gate, weight, 20, True, 1e-5, 1.0))
+    for heads in (0, 4):
+        inputs = [None if x is None else x.requires_grad_() for x in cuda(gated_norm(heads=heads))]
+        torch.library.opcheck(norm.norm.op, (*inputs, 20, True, 1e-5, 1.0, None))
 
 
 def layer(q, k, v, log_decay, beta, a, b, bonus, state, weight):

@@ -18,6 +18,8 @@ PACKED = (0, 1, 2, 5, 33, 70)
 
 def cases() -> dict[str, tuple[str, dict]]:
     """A function of layer_cases and its arguments, by name."""
+    import torch
+
     found: dict[str, tuple[str, dict]] = {}
     for gate in ("none", "[H]", "[H,K]", "[B,T,H]", "[B,T,H,K]"):
         for extra in ("none", "delta", "low rank", "bonus"):
@@ -53,9 +55,15 @@ def cases() -> dict[str, tuple[str, dict]]:
     found["steps: tiny"] = "steps", {"lowest": -25.0}
     found["steps: one token"] = "steps", {"B": 3, "T": 1, "H": 5, "P": 64}
     found["steps: bfloat16"] = "steps", {}
-    found["skipped"] = "skipped", {}
-    found["skipped: one token"] = "skipped", {"B": 3, "T": 1, "H": 5, "P": 64}
-    found["skipped: bfloat16"] = "skipped", {}
+    skipped = {"order": "gate first", "heads": 4}
+    found["norm: skip"] = "gated_norm", skipped
+    found["norm: skip, norm first"] = "gated_norm", {"heads": 8, "weight": None}
+    found["norm: skip, wide"] = "gated_norm", {"shape": (3, 3000), "size": 3000, **skipped}
+    found["norm: skip, bfloat16"] = "gated_norm", skipped
+    found["norm: bfloat16 of a float32 residual"] = (
+        "gated_norm",
+        {"order": None, "dtype": torch.bfloat16},
+    )
     found["norm: bfloat16"] = "gated_norm", {"order": "gate first", "weight": "own"}
     return found
 
@@ -89,7 +97,7 @@ def test_reasons_to_decline():
     assert "256" in matrix_step.supported(q.new_zeros(1, 1, 1, 300))
     assert "CUDA" in short_convolution.supported(x, x[0].t(), None, None)
     assert "at most 8" in short_convolution.supported(x, x.new_zeros(16, 9), None, None)
-    assert "CUDA" in norm.supported(x, 16, None, x)
+    assert "CUDA" in norm.supported(16, x, None, x)
 
 
 def main() -> None:
@@ -112,7 +120,7 @@ def check() -> None:
     import torch
 
     import layer_cases
-    from subquad.kernels import matrix_step, norm, short_convolution, skip, timestep
+    from subquad.kernels import matrix_step, norm, short_convolution, timestep
 
     q, k, v, g, beta, a, b, bonus, state = layer_cases.token("[B,T,H]", "delta").inputs.values()
     given = (q, k, v, g, beta, a, b, bonus, 0.3, state)
@@ -125,10 +133,10 @@ def check() -> None:
     torch.library.opcheck(short_convolution.convolve.op, (*inputs, None, True))
     inputs = [x.requires_grad_() for x in layer_cases.steps(T=9).inputs.values()]
     torch.library.opcheck(timestep.discretise.op, inputs)
-    inputs = [x.requires_grad_() for x in layer_cases.skipped(T=9).inputs.values()]
-    torch.library.opcheck(skip.add_skip.op, inputs)
-    x, gate, weight = (x.requires_grad_() for x in layer_cases.gated_norm().inputs.values())
-    torch.library.opcheck(norm.norm.op, (x, gate, weight, 20, True, 1e-5, 1.0))
+    for heads in (0, 4):
+        inputs = layer_cases.gated_norm(heads=heads).inputs.values()
+        inputs = [None if x is None else x.requires_grad_() for x in inputs]
+        torch.library.opcheck(norm.norm.op, (*inputs, 20, True, 1e-5, 1.0, None))
 
 
 if __name__ == "__main__":

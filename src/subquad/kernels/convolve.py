@@ -10,7 +10,9 @@ the gradients of the last W - 1 inputs; the W - 1 tokens behind its piece it wal
 
 Tuples hold a vector [BD], channels of the program, for each tap; `past` holds the last token first.
 """
-# ruff: noqa: RUF005 - Triton adds tuples, but does not know the star
+# Tuples grow in unrolled loops: Triton adds them, but does not know the star.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
 
 import triton
 import triton.language as tl

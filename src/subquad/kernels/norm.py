@@ -1,10 +1,12 @@
 """RMS norms of groups of channels on a GPU, gated or not, as operators over Triton kernels.
 
-Differentiable in x, gate and weight. The weight's gradient is summed program by program in a fixed
-order: it repeats to the bit.
+Differentiable in x, gate, weight, values and skip. The gradients of weight and skip are summed
+program by program in a fixed order: they repeat to the bit.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -17,109 +19,137 @@ TILE = 1024  # numbers a program holds of each tensor, or one group's, if that i
 STEPS = 16  # tiles that a program of the backward pass walks, to write fewer partial sums
 
 
-def supported(x: Tensor, size: int, weight: Tensor | None, gate: Tensor | None) -> str | None:
+def supported(size: int, *tensors: Tensor | None) -> str | None:
     """None if the kernels can take these tensors, else why not."""
     if size > WIDEST:
         return f"groups of {size} channels; the Triton kernels hold at most {WIDEST}"
-    return reason_to_decline(x, weight, gate)
+    return reason_to_decline(*tensors)
 
 
 @operator("subquad::rms_norm")
 def norm(
-    x: Tensor, gate: Tensor | None, weight: Tensor | None, size: int, gate_first: bool, eps: float,
-    scale: float,
+    x: Tensor, gate: Tensor | None, weight: Tensor | None, values: Tensor | None,
+    skip: Tensor | None, size: int, gate_first: bool, eps: float, scale: float,
+    dtype: torch.dtype | None,
 ) -> Tensor:  # fmt: skip
     """x [..., D] over the root mean square of each `size` channels, times scale, weight and silu.
 
-    gate like x; weight [D] or [size]. The result has x's dtype, promoted with the gate's.
+    gate like x; weight [D] or [size]. With values like x and skip [H], a number for each D / H
+    channels, skip * values is added to x first. The result has `dtype`, or if that is None x's
+    promoted with the gate's.
     """
     from .normalise import forward
 
-    tokens, groups = x.numel() // x.shape[-1], x.shape[-1] // size
-    y = _result(x, gate)
-    x, gate = rows(x), None if gate is None else rows(gate)
-    blocks = _blocks(size)
-    forward[(-(-tokens // blocks["BT"]) * groups,)](
-        x, x if gate is None else gate, x if weight is None else weight.contiguous(), y, tokens,
-        x.stride(0), 0 if gate is None else gate.stride(0), eps, scale, G=groups, S=size,
-        **blocks, **_kind(gate, gate_first, weight, size),
+    tokens = x.numel() // x.shape[-1]
+    y = _result(x, gate, dtype)
+    options = _options(x.shape[-1], size, *_kind(gate, gate_first, weight, skip, size))
+    x, gate, values = rows(x), _rows(gate), _rows(values)
+    forward[(-(-tokens // options["BT"]) * options["G"],)](
+        x, *_or(x, gate, weight, values, skip), y, tokens, x.stride(0), _stride(gate),
+        _stride(values), eps, scale, **options,
     )  # fmt: skip
     return y
 
 
 @norm.register_fake
-def _(x, gate, weight, size, gate_first, eps, scale):
-    return _result(x, gate)
+def _(x, gate, weight, values, skip, size, gate_first, eps, scale, dtype):
+    return _result(x, gate, dtype)
 
 
 @operator("subquad::rms_norm_backward")
 def norm_backward(
-    dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor | None, size: int, gate_first: bool,
-    eps: float, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, gate and weight, the last two empty where there is none."""
+    dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor | None, values: Tensor | None,
+    skip: Tensor | None, size: int, gate_first: bool, eps: float, scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, gate, weight, values and skip, each but the first empty where there is none.
+
+    Those that are sums over the tokens come from each program's share.
+    """
     from .normalise import backward
 
-    tokens, groups = x.numel() // x.shape[-1], x.shape[-1] // size
-    dx, dgate, dweight = _gradients_of(x, gate, weight)
-    dy, x, gate = rows(dy), rows(x), None if gate is None else rows(gate)
-    blocks = _blocks(size)
-    pieces = -(-tokens // (blocks["BT"] * STEPS))
-    parts = x.new_empty(pieces if weight is not None else 0, groups, size, dtype=torch.float32)
-    backward[(pieces * groups,)](
-        dy, x, x if gate is None else gate, x if weight is None else weight.contiguous(),
-        dx, dgate, parts, tokens, dy.stride(0), x.stride(0), 0 if gate is None else gate.stride(0),
-        eps, scale, G=groups, S=size, STEPS=STEPS, **blocks,
-        **_kind(gate, gate_first, weight, size),
+    tokens, channels = x.numel() // x.shape[-1], x.shape[-1]
+    dx, dgate, dweight, dvalues, dskip = _gradients_of(x, gate, weight, values, skip)
+    options = _options(channels, size, *_kind(gate, gate_first, weight, skip, size))
+    dy, x, gate, values = rows(dy), rows(x), _rows(gate), _rows(values)
+    pieces = -(-tokens // (options["BT"] * STEPS))
+    parts, skip_parts = (
+        x.new_empty(pieces if given is not None else 0, channels, dtype=torch.float32)
+        for given in (weight, skip)
+    )
+    backward[(pieces * options["G"],)](
+        dy, x, *_or(x, gate, weight, values, skip), dx, dgate, dvalues, parts, skip_parts, tokens,
+        dy.stride(0), x.stride(0), _stride(gate), _stride(values), eps, scale, STEPS=STEPS,
+        **options,
     )  # fmt: skip
     if weight is not None:
-        shared = weight.shape[0] == size
-        dweight = parts.sum((0, 1) if shared else 0).flatten().to(weight.dtype)
-    return dx, dgate, dweight
+        dweight = parts.view(-1, weight.shape[0]).sum(0).to(weight.dtype)
+    if skip is not None:
+        dskip = skip_parts.sum(0).view(skip.shape[0], -1).sum(1).to(skip.dtype)
+    return dx, dgate, dweight, dvalues, dskip
 
 
 @norm_backward.register_fake
-def _(dy, x, gate, weight, size, gate_first, eps, scale):
-    return _gradients_of(x, gate, weight)
+def _(dy, x, gate, weight, values, skip, size, gate_first, eps, scale):
+    return _gradients_of(x, gate, weight, values, skip)
 
 
 def _save(ctx, inputs: tuple, output: Tensor) -> None:
-    x, gate, weight, *ctx.options = inputs
-    ctx.save_for_backward(x, gate, weight)
+    *tensors, size, gate_first, eps, scale, _ = inputs
+    ctx.options = size, gate_first, eps, scale
+    ctx.save_for_backward(*tensors)
 
 
 def _gradients(ctx, dy: Tensor) -> tuple:
-    x, gate, weight = ctx.saved_tensors
-    dx, dgate, dweight = norm_backward(dy, x, gate, weight, *ctx.options)
-    dgate, dweight = None if gate is None else dgate, None if weight is None else dweight
-    return dx, dgate, dweight, None, None, None, None
+    tensors = ctx.saved_tensors
+    found = norm_backward(dy, *tensors, *ctx.options)
+    return *(None if t is None else g for t, g in zip(tensors, found)), *[None] * 5
 
 
 norm.register_autograd(_gradients, setup=_save)
 
 
-def _result(x: Tensor, gate: Tensor | None) -> Tensor:
-    dtype = x.dtype if gate is None else torch.promote_types(x.dtype, gate.dtype)
+def _result(x: Tensor, gate: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None:
+        dtype = x.dtype if gate is None else torch.promote_types(x.dtype, gate.dtype)
     return x.new_empty(x.shape, dtype=dtype)
 
 
-def _gradients_of(x: Tensor, gate: Tensor | None, weight: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, gate, weight))
-
-
-def _blocks(size: int) -> dict[str, int]:
-    """Tile sizes: whole groups, and as many tokens as keep the tile small."""
-    width = 1 << (size - 1).bit_length()
-    warps = 4 if width <= 4096 else 16
-    return {"BS": width, "BT": max(1, TILE // width), "num_warps": warps}
+def _gradients_of(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, *others))
 
 
 def _kind(
-    gate: Tensor | None, gate_first: bool, weight: Tensor | None, size: int
-) -> dict[str, int]:
-    """The kernels' ORDER and WEIGHT."""
+    gate: Tensor | None, gate_first: bool, weight: Tensor | None, skip: Tensor | None, size: int
+) -> tuple[int, int, int]:
+    """The kernels' ORDER and WEIGHT, and the number of heads with a skip."""
     own = weight is not None and weight.shape[0] != size
+    order = 0 if gate is None else 2 if gate_first else 1
+    return order, 0 if weight is None else 2 if own else 1, 0 if skip is None else skip.shape[0]
+
+
+@lru_cache(maxsize=256)
+def _options(channels: int, size: int, order: int, weight: int, heads: int) -> dict[str, int]:
+    """What the kernels are compiled for: whole groups, and as many tokens as keep a tile small."""
+    width = 1 << (size - 1).bit_length()
     return {
-        "ORDER": 0 if gate is None else 2 if gate_first else 1,
-        "WEIGHT": 0 if weight is None else 2 if own else 1,
-    }
+        "G": channels // size, "S": size, "BS": width, "BT": max(1, TILE // width),
+        "ORDER": order, "WEIGHT": weight, "HEAD": channels // heads if heads else 0,
+        "num_warps": 4 if width <= 4096 else 16,
+    }  # fmt: skip
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    return None if x is None else rows(x)
+
+
+def _stride(x: Tensor | None) -> int:
+    return 0 if x is None else x.stride(0)
+
+
+def _or(
+    absent: Tensor, gate: Tensor | None, weight: Tensor | None, values: Tensor | None,
+    skip: Tensor | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Each tensor, or for None a valid pointer that the kernel never follows."""
+    weight, skip = (None if t is None else t.contiguous() for t in (weight, skip))
+    return tuple(absent if t is None else t for t in (gate, weight, values, skip))

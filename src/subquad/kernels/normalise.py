@@ -3,6 +3,8 @@
     NORM_FIRST   y = n(x) * w * silu(gate)        n(x) = x * scale / sqrt(mean(x^2) + eps)
     GATE_FIRST   y = n(x * silu(gate)) * w
 
+With a HEAD of channels x is x + skip_head * values, the feed-through of a state space.
+
 A program holds whole groups of several tokens, so each number is read once and written once; the
 backward pass computes the norms again rather than storing them. Arithmetic is float32.
 
@@ -26,6 +28,11 @@ def load_weight(weight, group, s, S: tl.constexpr, WEIGHT: tl.constexpr):
 
 
 @triton.jit
+def load_skip(skip, group, s, S: tl.constexpr, HEAD: tl.constexpr):
+    return tl.load(skip + (group * S + s) // HEAD, mask=s < S, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def reciprocal(h_TS, eps, S: tl.constexpr):
     """1 / root mean square, [T, 1]."""
     return tl.rsqrt(tl.sum(h_TS * h_TS, 1) / S + eps)[:, None]
@@ -33,9 +40,9 @@ def reciprocal(h_TS, eps, S: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tokens"])
 def forward(
-    x, gate, weight, y, tokens, x_row, gate_row, eps, scale,
+    x, gate, weight, values, skip, y, tokens, x_row, gate_row, values_row, eps, scale,
     G: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr, ORDER: tl.constexpr,
-    WEIGHT: tl.constexpr,
+    WEIGHT: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     group = pid % G
@@ -44,6 +51,9 @@ def forward(
     inside = (t < tokens)[:, None] & (s < S)[None, :]
     channel = (group * S + s)[None, :]
     y_TS = tl.load(x + t[:, None] * x_row + channel, mask=inside, other=0.0).to(tl.float32)
+    if HEAD != 0:
+        value_TS = tl.load(values + t[:, None] * values_row + channel, mask=inside, other=0.0)
+        y_TS += value_TS.to(tl.float32) * load_skip(skip, group, s, S, HEAD)[None, :]
     if ORDER != 0:
         gate_TS = tl.load(gate + t[:, None] * gate_row + channel, mask=inside, other=0.0)
         gate_TS = gate_TS.to(tl.float32)
@@ -60,22 +70,31 @@ def forward(
 
 @triton.jit(do_not_specialize=["tokens"])
 def backward(
-    dy, x, gate, weight, dx, dgate, parts, tokens, dy_row, x_row, gate_row, eps, scale,
+    dy, x, gate, weight, values, skip, dx, dgate, dvalues, parts, skip_parts, tokens, dy_row,
+    x_row, gate_row, values_row, eps, scale,
     G: tl.constexpr, S: tl.constexpr, BS: tl.constexpr, BT: tl.constexpr, STEPS: tl.constexpr,
-    ORDER: tl.constexpr, WEIGHT: tl.constexpr,
+    ORDER: tl.constexpr, WEIGHT: tl.constexpr, HEAD: tl.constexpr,
 ):  # fmt: skip
-    """parts [programs along the tokens, G, S]: each program's share of the weight's gradient."""
+    """parts, skip_parts [programs along the tokens, G, S]: shares of the gradients of parameters.
+
+    Those of skip are by channel, and still to be summed over each head's.
+    """
     pid = tl.program_id(0)
     group = pid % G
     piece = (pid // G).to(tl.int64)
     s = tl.arange(0, BS)
     channel = (group * S + s)[None, :]
     grown_TS = tl.zeros([BT, BS], tl.float32)  # summed over T once, at the end
+    skipped_TS = tl.zeros([BT, BS], tl.float32)
     for step in range(0, STEPS):
         t = (piece * STEPS + step) * BT + tl.arange(0, BT)
         inside = (t < tokens)[:, None] & (s < S)[None, :]
         x_TS = tl.load(x + t[:, None] * x_row + channel, mask=inside, other=0.0).to(tl.float32)
         dn_TS = tl.load(dy + t[:, None] * dy_row + channel, mask=inside, other=0.0).to(tl.float32)
+        if HEAD != 0:
+            value_TS = tl.load(values + t[:, None] * values_row + channel, mask=inside, other=0.0)
+            value_TS = value_TS.to(tl.float32)
+            x_TS += value_TS * load_skip(skip, group, s, S, HEAD)[None, :]
         if ORDER != 0:
             gate_TS = tl.load(gate + t[:, None] * gate_row + channel, mask=inside, other=0.0)
             gate_TS = gate_TS.to(tl.float32)
@@ -103,9 +122,16 @@ def backward(
             dgate_TS *= scale
         cells = t[:, None] * (G * S) + channel
         tl.store(dx + cells, dh_TS.to(dx.dtype.element_ty), mask=inside)
+        if HEAD != 0:
+            skipped_TS += dh_TS * value_TS
+            dh_TS *= load_skip(skip, group, s, S, HEAD)[None, :]
+            tl.store(dvalues + cells, dh_TS.to(dvalues.dtype.element_ty), mask=inside)
         if ORDER != 0:
             dgate_TS *= slope_TS
             tl.store(dgate + cells, dgate_TS.to(dgate.dtype.element_ty), mask=inside)
     if WEIGHT != 0:
         grown_S = tl.sum(grown_TS, 0) * scale
         tl.store(parts + (piece * G + group) * S + s, grown_S, mask=s < S)
+    if HEAD != 0:
+        skipped_S = tl.sum(skipped_TS, 0)
+        tl.store(skip_parts + (piece * G + group) * S + s, skipped_S, mask=s < S)

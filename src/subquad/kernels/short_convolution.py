@@ -16,7 +16,7 @@ from .operator import operator
 WIDEST = 8  # taps, unrolled
 CHANNELS = 128  # of a program, four to a thread
 WARPS = 1
-AT_ONCE = 8  # tokens loaded at once
+AT_ONCE, BACK_AT_ONCE = 8, 4  # tokens loaded at once
 LENGTHS = (64, 16)  # tokens of a program; fewer where programs would not fill the chip
 ENOUGH = 2048  # programs
 
@@ -75,8 +75,8 @@ def convolve_backward(
     parts = torch.empty(pieces, taps + 1, channels, device=x.device, dtype=torch.float32)
     backward[(pieces * blocks,)](
         dy, x, weight, *_or(x, bias, state), own, bounds, dx, dz, parts, tokens, length,
-        _stride(dy), _stride(x), AT_ONCE=AT_ONCE, BIAS=bias is not None, STATE=state is not None,
-        SILU=silu, KEEP=dz is not dy, num_warps=WARPS, **shared,
+        _stride(dy), _stride(x), AT_ONCE=BACK_AT_ONCE, BIAS=bias is not None,
+        STATE=state is not None, SILU=silu, KEEP=dz is not dy, num_warps=WARPS, **shared,
     )  # fmt: skip
     dstate = x.new_empty(0)
     if with_state:

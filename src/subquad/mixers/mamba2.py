@@ -12,7 +12,6 @@ from subquad.mixers.init import no_weight_decay, set_log_uniform_, set_step_size
 from subquad.mixers.norms import GateThenNorm
 from subquad.mixers.projection import project
 from subquad.recurrence import linear_recurrence
-from subquad.recurrence.skip import add_skip
 from subquad.recurrence.timestep import discretize
 
 
@@ -109,5 +108,5 @@ class Mamba2(Mixer):
             state=past.get("recurrent"),
             cu_seqlens=cu_seqlens,
         )
-        y = self.norm(add_skip(y, x, self.D).flatten(-2), z)
+        y = self.norm(y, x, self.D, z)
         return project(self.out_proj, y), {"conv": conv, "recurrent": recurrent}

@@ -7,7 +7,7 @@ run (it computes in float32 whatever comes).
 import torch
 from torch import Tensor, nn
 
-from subquad.recurrence.norm import gated_rms_norm, rms_norm
+from subquad.recurrence.norm import gated_rms_norm, rms_norm, skipped_gated_rms_norm
 
 
 class RMSNorm(nn.RMSNorm):
@@ -17,9 +17,11 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(size, eps)
         self.size = size
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., D]."""
-        return rms_norm(x, self.size, self.weight.to(x.dtype), self.eps)  # type: ignore[arg-type]
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """x [..., D] -> [..., D], in `dtype` if one is given, else in x's."""
+        if dtype is None or dtype == x.dtype:
+            return rms_norm(x, self.size, self.weight.to(x.dtype), self.eps)  # type: ignore[arg-type]
+        return rms_norm(x, self.size, self.weight.to(dtype), self.eps, dtype)  # type: ignore[arg-type]
 
 
 class NormThenGate(nn.Module):
@@ -48,10 +50,10 @@ class NormThenGate(nn.Module):
 
 
 class GateThenNorm(nn.Module):
-    """y = RMSNorm(x * silu(gate)) * weight, in `groups` separate norms (Mamba-2).
+    """RMSNorm((y + skip x) * silu(gate)) * weight, in `groups` separate norms (Mamba-2).
 
     Args:
-        size: the width of x; the weight has one entry for each of its channels.
+        size: the width of all heads of y; the weight has one entry for each of its channels.
         groups: how many equal parts of the channels are normalised each on its own.
         eps: added to the mean square.
     """
@@ -65,10 +67,10 @@ class GateThenNorm(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
 
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        """x, gate [..., size] -> [..., size]."""
-        weight = self.weight.to(x.dtype)
-        return gated_rms_norm(x, gate, self.group_size, weight, self.eps, gate_first=True)
+    def forward(self, y: Tensor, x: Tensor, skip: Tensor, gate: Tensor) -> Tensor:
+        """y, x [..., H, P], skip [H], gate [..., size] with size = H P -> [..., size]."""
+        weight = self.weight.to(y.dtype)
+        return skipped_gated_rms_norm(y, x, skip, gate, self.group_size, weight, self.eps)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -59,5 +59,8 @@ class Block(GradientCheckpointingLayer):
 
 
 def normed(norm: RMSNorm, x: Tensor) -> Tensor:
-    """The norm of a residual that may be wider (float32) than the weights (bfloat16)."""
-    return norm(x.to(norm.weight.dtype))
+    """The norm of a residual that may be wider (float32) than the weights (bfloat16), in theirs."""
+    dtype = norm.weight.dtype
+    if x.dtype != dtype and type(norm) is RMSNorm:
+        return norm(x, dtype)  # rounds what it returns, not what it reads, where it can
+    return norm(x.to(dtype))

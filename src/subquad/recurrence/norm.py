@@ -17,7 +17,9 @@ from subquad.recurrence.overrides import overridable
 
 
 @overridable
-def rms_norm(x: Tensor, size: int, weight: Tensor | None, eps: float) -> Tensor:
+def rms_norm(
+    x: Tensor, size: int, weight: Tensor | None, eps: float, dtype: torch.dtype | None = None
+) -> Tensor:
     """y = x / sqrt(mean(x^2) + eps) * weight, the mean over each `size` numbers of x's last axis.
 
     Source: Zhang and Sennrich 2019 (arXiv:1910.07467, eq. 4).
@@ -25,16 +27,18 @@ def rms_norm(x: Tensor, size: int, weight: Tensor | None, eps: float) -> Tensor:
     Args:
         x: [..., D], D a multiple of size.
         size: how many numbers are normalised together.
-        weight: [D] or [size], in x's dtype; None means ones.
+        weight: [D] or [size], in y's dtype; None means ones.
         eps: added to the mean square.
+        dtype: y's; None means x's. A GPU kernel reads x as it is, elsewhere it is rounded first.
 
     Returns:
-        [..., D] in x's dtype; the sums are float32 or wider.
+        [..., D]; the sums are float32 or wider.
     """
+    if x.is_cuda and _has_kernel(size, x, weight):
+        return _on_gpu(x, size, weight, None, False, eps, 1.0, dtype)
+    x = x if dtype is None else x.to(dtype)
     if _compiles(x, weight):
         return _compiled(x, size, weight, None, False, eps, 1.0)
-    if x.is_cuda and _has_kernel(x, size, weight):
-        return _on_gpu(x, size, weight, None, False, eps, 1.0)
     return _plain(x, size, weight, eps)
 
 
@@ -52,11 +56,35 @@ def gated_rms_norm(
     """
     if _compiles(x, weight, gate):
         return _compiled(x, size, weight, gate, gate_first, eps, 1.0)
-    if x.is_cuda and _has_kernel(x, size, weight, gate):
+    if x.is_cuda and _has_kernel(size, x, weight, gate):
         return _on_gpu(x, size, weight, gate, gate_first, eps, 1.0)
     if gate_first:
         return _plain(x * F.silu(gate), size, weight, eps)
     return _plain(x, size, weight, eps) * F.silu(gate)
+
+
+def skipped_gated_rms_norm(
+    y: Tensor, x: Tensor, skip: Tensor, gate: Tensor, size: int, weight: Tensor | None, eps: float
+) -> Tensor:
+    """rms_norm((y + D x) * silu(gate)): how Mamba-2 leaves its recurrence.
+
+    Source: Dao and Gu 2024 (arXiv:2405.21060, eq. 1 for the skip D x, figure 6 for the norm).
+
+    Args:
+        y, x: [..., H, P], the recurrence's outputs and what it was to remember.
+        skip: D [H].
+        gate: [..., H*P].
+
+    The others are `rms_norm`'s, over the H*P channels of all heads. Returns [..., H*P].
+    """
+    if y.is_cuda and _has_kernel(size, y, weight, gate, x, skip):
+        from subquad.kernels import norm
+
+        given = (y.flatten(-2), gate, weight, x.flatten(-2), skip)
+        out: Tensor = norm.norm(*given, size, True, eps, 1.0, None)
+        return out
+    flat = torch.addcmul(y, x, skip[:, None].to(x.dtype)).flatten(-2)
+    return gated_rms_norm(flat, gate, size, weight, eps, gate_first=True)
 
 
 @overridable
@@ -71,7 +99,7 @@ def l2_norm(x: Tensor, size: int, eps: float = 1e-6) -> Tensor:
     """
     if _compiles(x):
         return _compiled(x, size, None, None, False, eps / size, size**-0.5)
-    if x.is_cuda and _has_kernel(x, size):
+    if x.is_cuda and _has_kernel(size, x):
         return _on_gpu(x, size, None, None, False, eps / size, size**-0.5)
     x = x.unflatten(-1, (-1, size))
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
@@ -107,12 +135,10 @@ def _compiled(
     return y
 
 
-def _has_kernel(
-    x: Tensor, size: int, weight: Tensor | None = None, gate: Tensor | None = None
-) -> bool:
+def _has_kernel(size: int, *tensors: Tensor | None) -> bool:
     from subquad.kernels import norm
 
-    return can_call_kernels((x, weight, gate)) and norm.supported(x, size, weight, gate) is None
+    return can_call_kernels(tensors) and norm.supported(size, *tensors) is None
 
 
 def _on_gpu(
@@ -123,8 +149,9 @@ def _on_gpu(
     gate_first: bool,
     eps: float,
     scale: float,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     from subquad.kernels import norm
 
-    y: Tensor = norm.norm(x, gate, weight, size, gate_first, eps, scale)
+    y: Tensor = norm.norm(x, gate, weight, None, None, size, gate_first, eps, scale, dtype)
     return y
