@@ -19,7 +19,8 @@ _DTYPE = attrgetter("dtype")
 class Look:
     """At modules: their members, hooks, settings, classes, and where their tensors lie.
 
-    Everything is looked at with every token, so it is laid out flat once, for quick passes.
+    Everything is looked at with every token, so it is laid out flat once, for quick passes that
+    touch few objects: weights have driven all of them out of the caches.
 
     Args:
         traced: of these, and all in them, whatever could change what they compute is looked at; of
@@ -34,9 +35,13 @@ class Look:
         owns = list(map(vars, self._modules))
         shown = [own[name] for own in owns for name in _SHOWN]
         settings = [own for m in inside for own in (vars(m), m._buffers)]
-        classes = dict.fromkeys(c for m in inside for c in type(m).__mro__[:-1])
+        classes = dict.fromkeys(
+            c for m in inside for c in type(m).__mro__ if c not in nn.Module.__mro__
+        )
         # Views, not copies: they show what is there at each look.
-        self._values = [d.values() for d in (*shown, *settings, *map(vars, classes))]
+        dicts = [*shown, *settings, *map(vars, classes)]
+        self._empty = [d for d in dicts if not d]
+        self._values = [d.values() for d in dicts if d]
         self._kept = list(chain.from_iterable(self._values))  # so that no other gets their identity
         self._others = [vars(m) for m in self._modules if m not in inside]
         tensors: list[Tensor] = [p for root in roots for p in root.parameters()]
@@ -46,7 +51,7 @@ class Look:
 
     def changed(self, *roots: nn.Module) -> bool:
         """Whether anything has."""
-        if any(map(is_not, roots, self._roots)):
+        if any(map(is_not, roots, self._roots)) or any(self._empty):
             return True
         values = list(chain.from_iterable(self._values))
         if len(values) != len(self._kept) or any(map(is_not, values, self._kept)):
@@ -59,7 +64,7 @@ class Look:
             ["forward" in own or "_compiled_call_impl" in own for own in self._others],
             list(map(Tensor.data_ptr, self._tensors)),
             list(map(Tensor.size, self._tensors)),
-            list(map(Tensor.stride, self._tensors)),
+            list(map(Tensor.is_contiguous, self._tensors)),
             list(map(_DTYPE, self._tensors)),
         )
 
