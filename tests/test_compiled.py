@@ -13,7 +13,10 @@ import torch
 from subquad.recurrence import Delta, explain, linear_recurrence
 from test_recurrence import assert_equal, leaves, make, run
 
-CASES = list(itertools.product(("none", "H", "BTH"), (None, "delta")))
+CASES = [*itertools.product(("none", "H", "BTH"), (None, "delta")), ("HK", None), ("BTHK", None)]
+KINDS = pytest.mark.parametrize(
+    ("decay", "erase"), [("BTH", None), ("BTH", "delta"), ("BTHK", None)]
+)
 
 
 def single(arguments):
@@ -39,7 +42,15 @@ def assert_as_the_loop(arguments, label):
 @pytest.mark.parametrize(("decay", "erase"), CASES)
 def test_equals_the_loop(decay, erase, hard):
     """Any T against the chunk and its halves, any K and V against what products are padded to."""
-    for T, K, V in ((1, 1, 1), (2, 6, 5), (31, 32, 8), (63, 6, 33), (64, 7, 64), (65, 40, 3)):
+    for T, K, V in (
+        (1, 1, 1),
+        (2, 6, 5),
+        (17, 17, 15),
+        (31, 32, 8),
+        (63, 6, 33),
+        (64, 7, 64),
+        (65, 40, 3),
+    ):
         arguments = make(decay, erase, T=T, K=K, V=V, hard=hard, seed=T)
         assert_as_the_loop(arguments, f"{T} tokens")
     arguments = make(decay, erase, B=1, T=1000, Hk=1, hard=hard)
@@ -52,32 +63,33 @@ def test_packed_sequences_never_meet(decay, erase):
     assert_as_the_loop(make(decay, erase, B=1, T=300, hard=True, packed=packed), "packed")
 
 
-@pytest.mark.parametrize("erase", [None, "delta"])
+@KINDS
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 @pytest.mark.parametrize("B, Hk, G", [(1, 1, 5), (3, 1, 2), (1, 2, 3), (2, 4, 1)])
-def test_any_split_over_threads(B, Hk, G, threads, erase, monkeypatch):
+def test_any_split_over_threads(B, Hk, G, threads, decay, erase, monkeypatch):
     """Heads that share a key may meet on several threads: their gradients of it are summed."""
     from subquad.kernels import cpu
 
     monkeypatch.setattr(cpu, "SMALL", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert_as_the_loop(make("BTH", erase, B=B, T=100, Hk=Hk, G=G), f"{threads} threads")
+    assert_as_the_loop(make(decay, erase, B=B, T=100, Hk=Hk, G=G), f"{threads} threads")
 
 
-@pytest.mark.parametrize("erase", [None, "delta"])
-def test_gates_that_forget_all(erase):
+@KINDS
+def test_gates_that_forget_all(decay, erase):
     """A log decay of -inf is a fresh start, and has no gradient."""
-    arguments = make("BTH", erase, T=100)
+    arguments = make(decay, erase, T=100)
     arguments["log_decay"][:, 70] = -torch.inf
+    arguments["log_decay"][:, 20:23, ..., ::2] = -torch.inf  # of some heads, or some channels
     got = run(arguments, torch.float32, form="chunked", impl="numba")
     want = run(arguments, torch.float64, impl="reference")
     assert_equal(got, want, 1e-5, "forgotten")
 
 
-@pytest.mark.parametrize("erase", [None, "delta"])
-def test_views_and_what_is_not_asked_for(erase):
+@KINDS
+def test_views_and_what_is_not_asked_for(decay, erase):
     """Halves of a wider projection, a permuted gradient; only the output or the state is used."""
-    call = single(make("BTH", erase, T=70, K=8, V=8, Hk=4, G=1))
+    call = single(make(decay, erase, T=70, K=8, V=8, Hk=4, G=1))
     wide = (0.2 * torch.randn(2, 70, 3, 4, 8)).requires_grad_()
     halves = dict(zip("qkv", wide.unbind(2)))
     want, final = linear_recurrence(**(call | halves), impl="torch")
@@ -99,8 +111,7 @@ def test_runs_where_it_can():
     call = single(make("BTH", "delta", T=100))
     others = [make("BTH", None, T=100), make("BTH", "delta", T=100)]
     others += [call | {"form": "recurrent"}, call | {"form": "parallel"}]
-    key, bonus = make("BTHK", None, T=100), make("BTH", None, bonus=True, T=100)
-    others += [x | {n: y.float() for n, y in leaves(x).items()} for x in (key, bonus)]
+    others += [single(make("BTHK", "delta", T=100)), single(make("BTH", bonus=True, erase=None))]
     for other in others:
         assert explain(**other).impl == "torch"
         with pytest.raises(ValueError, match=r"^impl: .*numba"):
@@ -135,13 +146,23 @@ def test_threads(own, monkeypatch):
         cpu.over_channels(broken, 40, cpu.SMALL)
 
 
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16), (48, 80)])
+def test_transpose(shape):
+    from subquad.kernels.vectors_cpu import transpose
+
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    out = np.empty(shape[::-1], np.float32)
+    transpose(x, out)
+    np.testing.assert_array_equal(out, x.T)
+
+
 @pytest.mark.parametrize("L", [8, 24, 64])
 def test_products(L):
     from subquad.kernels import product_cpu as product
 
     r = np.random.default_rng(0)
     square = L == 64
-    for M, N in ((64, 64), (32, 96), (8, 32)):
+    for M, N in ((64, 64), (32, 96), (8, 32), (16, 16), (24, 48)):
         a, b = (r.standard_normal(s).astype(np.float32) for s in ((M, L), (L, N)))
         for left in (a, np.asfortranarray(a)):
             c = np.ones((M, N), np.float32)
@@ -159,10 +180,10 @@ def test_products(L):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("broken", ["k", "v"])
-@pytest.mark.parametrize("erase", [None, "delta"])
-def test_a_broken_sequence_breaks_no_other(erase, broken, bad):
+@KINDS
+def test_a_broken_sequence_breaks_no_other(decay, erase, broken, bad):
     """NaN and infinities spread into what matrices are padded with, but not to who comes next."""
-    call = single(make("BTH", erase, B=1, T=200, Hk=1, packed=[0, 40, 104, 200]))
+    call = single(make(decay, erase, B=1, T=200, Hk=1, packed=[0, 40, 104, 200]))
 
     def computed(x):
         inputs = {
@@ -179,10 +200,10 @@ def test_a_broken_sequence_breaks_no_other(erase, broken, bad):
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("erase", [None, "delta"])
-def test_one_tensor_for_several(erase):
+@pytest.mark.parametrize(("decay", "erase"), [("H", None), ("H", "delta"), ("HK", None)])
+def test_one_tensor_for_several(decay, erase):
     """Queries that are the keys, values that every head shares, only the state's gradient asked."""
-    call = single(make("H", erase, T=70, K=5, V=7))
+    call = single(make(decay, erase, T=70, K=5, V=7))
     keys, values = call["k"].requires_grad_(), call["v"][:, :, :1].clone().requires_grad_()
     state = call["state"].requires_grad_()
 

@@ -7,17 +7,17 @@ import torch
 import torch.utils.checkpoint
 
 from subquad.recurrence import linear_recurrence
-from test_compiled import single
+from test_compiled import KINDS, single
 from test_recurrence import make
 
 
 @pytest.mark.parametrize("packed", [None, [0, 7, 100]])
-@pytest.mark.parametrize("erase", [None, "delta"])
-def test_operator_is_sound(erase, packed):
+@KINDS
+def test_operator_is_sound(decay, erase, packed):
     """Its shapes without computing, its gradients under compilation: torch's own checks."""
     from subquad.recurrence.compiled import _chunked, _most_chunks
 
-    call = single(make("BTH", erase, B=1, T=100, packed=packed))
+    call = single(make(decay, erase, B=1, T=100, packed=packed))
     beta = None if erase is None else call["erase"].beta.requires_grad_()
     inputs = [call[n].requires_grad_() for n in ("q", "k", "v", "log_decay", "state")]
     q, k, v, g, state = inputs

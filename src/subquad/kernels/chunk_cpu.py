@@ -10,11 +10,8 @@ and not for U and W, which are what is left of that without S. With Y = beta X (
 
     O = tril(Q K^T . decay) Y + (Q . decay) S        S <- decay . S + (K . decay)^T Y
 
-M tokens of all sequences   R rows: the batch's, or packed sequences   H heads   Hk key heads
-G = H / Hk heads that share a key   K key size   V value size   C <= CHUNK tokens of a chunk
-
-Matrices of a chunk are padded with zeros, in tokens and in channels, to what products want: a zero
-key writes nothing, a zero log decay keeps the state.
+Letters as in chunked_inputs_cpu.py. Matrices of a chunk are padded with zeros, in tokens and in
+channels, to what products want: a zero key writes nothing, a zero log decay keeps the state.
 """
 
 # mypy: ignore-errors
@@ -24,43 +21,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from subquad.kernels.chunked_inputs_cpu import CHUNK, ONE, ZERO, load
 from subquad.kernels.cpu import exp, jit
 from subquad.kernels.product_cpu import (
     LOWER,
     ROWS,
     WHOLE,
     add_product,
-    aligned,
     block,
     lower_product,
     padded,
-    transpose,
 )
-
-CHUNK = 64
-ZERO, ONE = np.float32(0.0), np.float32(1.0)
-
-
-class Inputs(NamedTuple):
-    """The arguments as both passes read them, made by `prepare`. q, k and v are flat memory and the
-    distance between the tokens in it."""
-
-    q: np.ndarray  # [M,Hk*K]
-    q_stride: int
-    k: np.ndarray  # [M,Hk*K]
-    k_stride: int
-    v: np.ndarray  # [M,H*V]
-    v_stride: int
-    log_decay: np.ndarray  # [M,H]; empty for none
-    beta: np.ndarray  # [M,H]; empty for none
-    scale: np.float32  # of the read
-    bounds: np.ndarray  # [R+1] where the rows' tokens begin
-    chunks: np.ndarray  # [R+1] where the rows' chunks begin
-    Hk: int
-    G: int
-    K: int
-    V: int
-    parts: int  # of the heads that share a key
+from subquad.kernels.vectors_cpu import transpose
 
 
 class Chunk(NamedTuple):
@@ -85,19 +57,6 @@ class Head(NamedTuple):
     seen: np.ndarray  # [m,V], K S
     values: np.ndarray  # [m,V], V without erase, X
     written: np.ndarray  # [m,V], Y
-
-
-@jit
-def load(flat, stride, first, column, size, factor, out):
-    """out [tokens,channels] = factor * the `size` channels from `column` on, zeros beyond."""
-    count, width = size
-    for t in range(count):
-        begin = (first + t) * stride + column
-        source, row = flat[begin : begin + width], out[t]
-        for j in range(width):
-            row[j] = factor * source[j]
-        row[width:] = ZERO
-    out[count:] = ZERO
 
 
 @jit
@@ -170,25 +129,6 @@ def solve(values, seen, start, overlap, weights, beta, lower):
                 other, factor = values[s], lower[t, s]
                 for j in range(row.size):
                     row[j] += factor * other[j]
-
-
-@jit
-def enter(state, padded_state):
-    """Copy a state [K,V] into the corner of a padded one, zeros around it.
-
-    The rest is written too: a NaN of the sequence before has spread into it, 0 * NaN being NaN.
-    """
-    K, V = state.shape
-    for i in range(K):
-        padded_state[i, :V] = state[i]
-        padded_state[i, V:] = ZERO
-    padded_state[K:] = ZERO
-
-
-@jit
-def memory(count, rows, columns):
-    """Room for that many matrices, each from the begin of a cache line on: [count,rows*columns]."""
-    return aligned(count * rows * columns).reshape((count, rows * columns))
 
 
 @jit

@@ -14,8 +14,8 @@ The gradient of a log decay g_j is the sum over everything that crosses token j:
 reads of the chunk's start by t >= j, writes to its end by s < j, and the state itself. As in the
 forward pass these are sums over their own tokens, not differences of longer sums that cancel.
 
-Letters as in chunk_cpu.py. Products want their right side by rows, so some matrices are met
-transposed, [channels,tokens]: `queries`, `keys`, `written`, `values`, `turned`.
+Letters as in chunked_inputs_cpu.py. Products want their right side by rows, so some matrices are
+met transposed, [channels,tokens]: `queries`, `keys`, `written`, `values`, `turned`.
 """
 
 # mypy: ignore-errors
@@ -25,9 +25,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from subquad.kernels.chunk_cpu import ZERO, multiply, multiply_rows
+from subquad.kernels.chunk_cpu import multiply, multiply_rows
+from subquad.kernels.chunked_inputs_cpu import ZERO
 from subquad.kernels.cpu import jit
-from subquad.kernels.product_cpu import ROWS, UPPER, WHOLE, add_product, lower_product, transpose
+from subquad.kernels.product_cpu import ROWS, UPPER, WHOLE, add_product, lower_product
+from subquad.kernels.vectors_cpu import transpose
 
 
 @jit

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from subquad.kernels.chunk_cpu import CHUNK, ONE, ZERO, enter, load, memory, read_chunk, read_head
+from subquad.kernels import chunked_key_backward_cpu
+from subquad.kernels.chunk_cpu import read_chunk, read_head
 from subquad.kernels.chunk_gradients_cpu import (
     Crossing,
     Shared,
@@ -23,9 +24,20 @@ from subquad.kernels.chunk_gradients_cpu import (
     through_writes,
     to_start,
 )
-from subquad.kernels.chunked_cpu import over_units, prepare, unit_heads
+from subquad.kernels.chunked_inputs_cpu import (
+    CHUNK,
+    ONE,
+    ZERO,
+    enter,
+    load,
+    memory,
+    over_units,
+    prepare,
+    unit_heads,
+)
 from subquad.kernels.cpu import SLICE, array, jit, rows
-from subquad.kernels.product_cpu import block, padded, transpose
+from subquad.kernels.product_cpu import block, padded
+from subquad.kernels.vectors_cpu import transpose
 
 
 @jit
@@ -112,14 +124,15 @@ def backward(
             f"starts: got {starts.shape[0]}; expected {x.chunks[-1]}, one a chunk. "
             "Fix: give the forward pass `kept` where a gradient will be asked for."
         )
-    M, H = int(x.bounds[-1]), x.Hk * x.G
+    M = int(x.bounds[-1])
     dq, dk = torch.empty(x.parts, M, x.Hk * x.K), torch.empty(x.parts, M, x.Hk * x.K)
     dv, dinitial = torch.empty(v.shape), torch.empty(dfinal.shape)
-    dg, dbeta = (torch.empty(0 if y is None else M, H) for y in (log_decay, beta))
+    dg, dbeta = (torch.empty(0 if y is None else y.shape) for y in (log_decay, beta))
+    by_token = (d.view(M, d.numel() // M).numpy() for d in (dv, dg, dbeta))
+    walk = chunked_key_backward_cpu.backward if x.gates.size > 0 else _backward
     over_units(
-        _backward, x, starts.numpy(), *rows(do.flatten(-2)), array(dfinal),
-        dq.numpy(), dk.numpy(), dv.view(M, -1).numpy(), dg.numpy(), dbeta.numpy(), dinitial.numpy(),
+        walk, x, starts.numpy(), *rows(do.flatten(-2)), array(dfinal),
+        dq.numpy(), dk.numpy(), *by_token, dinitial.numpy(),
     )  # fmt: skip
     dq, dk = (d.sum(0) if x.parts > 1 else d[0] for d in (dq, dk))
-    dg, dbeta = (d if d.shape[0] == 0 else d.view(v.shape[:3]) for d in (dg, dbeta))
     return dq.view(q.shape), dk.view(k.shape), dv, dg, dbeta, dinitial

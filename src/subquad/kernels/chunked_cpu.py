@@ -1,8 +1,7 @@
 """The chunked form of the matrix recurrence on the CPU: float32, the state in cache while it walks.
 
-What a chunk computes is in `chunk_cpu.py`, where the letters are explained too. Chunks are met one
-after another, so nothing of a chunk ever leaves the second-level cache. Work is split into units: a
-row, a key head, and a part of the heads that share it.
+What a chunk computes is in `chunk_cpu.py`. Chunks are met one after another, so nothing of a chunk
+ever leaves the second-level cache. Decays a key channel are walked over in `chunked_key_cpu.py`.
 """
 
 # mypy: ignore-errors
@@ -12,31 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from subquad.kernels.chunk_cpu import (
+from subquad.kernels import chunked_key_cpu
+from subquad.kernels.chunk_cpu import multiply_rows, read_chunk, read_head, read_out
+from subquad.kernels.chunked_inputs_cpu import (
     CHUNK,
-    Inputs,
     enter,
     memory,
-    multiply_rows,
-    read_chunk,
-    read_head,
-    read_out,
+    over_units,
+    prepare,
+    unit_heads,
 )
-from subquad.kernels.cpu import SLICE, array, jit, over_channels, rows, sequence_bounds
+from subquad.kernels.cpu import SLICE, array, jit
 from subquad.kernels.product_cpu import WHOLE, add_product, block, padded
-
-
-@jit
-def unit_heads(x, unit):
-    """(row, key head, part, its first head, the head after its last) of a unit of work.
-
-    Rows are next to each other: packed sequences differ in length, heads do not.
-    """
-    R = x.bounds.size - 1
-    row, shared = unit % R, unit // R
-    head, part = shared // x.parts, shared % x.parts
-    first = head * x.G
-    return row, head, part, first + part * x.G // x.parts, first + (part + 1) * x.G // x.parts
 
 
 @jit
@@ -71,47 +57,6 @@ def _forward(x, initial, o, final, starts, begin, stop):
             final[row, h] = block(states[h - h0], K, V)[: x.K, : x.V]
 
 
-def prepare(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor | None,
-    beta: Tensor | None,
-    scale: float,
-    cu_seqlens: Tensor | None,
-) -> Inputs:
-    """The arguments of `forward` as the kernels read them; nothing evenly spaced is copied."""
-    B, T, Hk, K = q.shape
-    H, V = v.shape[2:]
-    bounds = sequence_bounds(B, T, cu_seqlens)
-    chunks = np.zeros_like(bounds)
-    chunks[1:] = np.cumsum(-(-np.diff(bounds) // CHUNK))
-    none = np.empty((0, 0), np.float32)
-    units, threads = (bounds.size - 1) * Hk, torch.get_num_threads()
-    return Inputs(
-        *rows(q.flatten(-2)),
-        *rows(k.flatten(-2)),
-        *rows(v.flatten(-2)),
-        none if log_decay is None else array(log_decay).reshape(-1, H),
-        none if beta is None else array(beta).reshape(-1, H),
-        np.float32(scale),
-        bounds,
-        chunks,
-        Hk,
-        H // Hk,
-        K,
-        V,
-        1 if units >= 2 * threads else min(H // Hk, threads),
-    )
-
-
-def over_units(kernel, x: Inputs, *args) -> None:
-    """`kernel(x, *args, first, last)` for all units of work, on torch's number of threads."""
-    units = (x.bounds.size - 1) * x.Hk * x.parts
-    work = x.bounds[-1] * x.Hk * x.G * x.V * x.K
-    over_channels(kernel, units * SLICE, work, x, *args)
-
-
 def forward(
     q: Tensor,
     k: Tensor,
@@ -125,12 +70,14 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """o [B,T,H,V], the final state [R,H,K,V] and the states at the chunks' starts [kept,H,K,V].
 
-    q, k [B,T,Hk,K]; v [B,T,H,V]; log_decay, beta [B,T,H]; state [R,H,K,V]; all float32. `backward`
-    needs the states at the starts; `kept` is how many chunks there can be, or 0 to keep none.
+    q, k [B,T,Hk,K]; v [B,T,H,V]; log_decay [B,T,H] or [B,T,H,K]; beta [B,T,H]; state [R,H,K,V];
+    all float32. `backward` needs the states at the starts; `kept` is how many chunks there can be,
+    or 0 to keep none.
     """
     x = prepare(q, k, v, log_decay, beta, scale, cu_seqlens)
     o, final = torch.empty(v.shape), torch.empty(state.shape)
     starts = torch.empty(kept, *state.shape[1:])
     flat = o.view(-1, x.Hk * x.G * x.V)
-    over_units(_forward, x, array(state), flat.numpy(), final.numpy(), starts.numpy())
+    walk = chunked_key_cpu.forward if x.gates.size > 0 else _forward
+    over_units(walk, x, array(state), flat.numpy(), final.numpy(), starts.numpy())
     return o, final, starts

@@ -4,30 +4,26 @@ A library's batched product of chunk-sized matrices reaches a third of the speed
 (its own threads, copies and checks for each), and between two of its calls everything leaves the
 cache. Compiled code that walks over chunks wants the product itself, on matrices that are in the
 cache already. The tile below is the whole trick: ROWS x COLS sums stay in registers while their
-rows and columns stream by, in vectors that we spell out, because the compiler by itself keeps sums
-in memory and vectors half as wide.
+rows and columns stream by, in vectors that we spell out (`vectors_cpu.py`), because the compiler by
+itself keeps sums in memory and vectors half as wide.
 
-Sizes: M and L any multiples of ROWS, N of COLS; whoever calls pads with zeros, `padded` says to
+Sizes: M and L any multiples of ROWS, N of LANES; whoever calls pads with zeros, `padded` says to
 what. The last axis of `b` and `c` is contiguous; `a` may have any strides, so `x.T` costs nothing.
 """
 
 # mypy: ignore-errors
 from __future__ import annotations
 
-import llvmlite.binding
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from subquad.kernels.cpu import jit
+from subquad.kernels.vectors_cpu import LANES, WIDE, Vectors, void, whole
 
 # 16 sums of 16 numbers fill half of AVX-512's registers; 8 of 8 those of the CPUs before it.
-_WIDE = llvmlite.binding.get_host_cpu_features().get("avx512f", False)
-LANES, ROWS = (16, 8) if _WIDE else (8, 4)
+ROWS = 8 if WIDE else 4
 COLS = 2 * LANES
-PAD = 32  # a multiple of every ROWS and COLS
+PAD = 16  # a multiple of every ROWS and LANES
 
 WHOLE, LOWER, UPPER = 0, 1, 2  # what of `a` is not zero
 
@@ -38,73 +34,37 @@ def padded(n):
     return -(-n // PAD) * PAD
 
 
-@intrinsic
-def _tile(_, a, a_row, a_column, b, b_row, c, c_row, L):
-    """c[ROWS,COLS] += a[ROWS,L] @ b[L,COLS], L >= 1: addresses, and strides in numbers."""
-    signature = types.void(*[types.int64] * 8)
+def _tile(vectors):
+    """c[ROWS,N] += a[ROWS,L] @ b[L,N], L >= 1, N = vectors * LANES; strides count numbers."""
+    offsets = [LANES * j for j in range(vectors)]
 
     def generate(context, builder, signature, arguments):
         a, a_row, a_column, b, b_row, c, c_row, L = arguments
-        integer, number = ir.IntType(64), ir.FloatType()
-        vector = ir.VectorType(number, LANES)
-        first_lane = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES)
-        undefined = ir.Constant(vector, ir.Undefined)
-        multiply_add = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fmuladd.v{LANES}f32"
-        )
-
-        def whole(n):
-            return ir.Constant(integer, n)
-
-        def pointer(base, offset, kind=vector):
-            start = builder.inttoptr(base, number.as_pointer())
-            return builder.bitcast(builder.gep(start, [offset]), kind.as_pointer())
-
-        def load(place):
-            loaded = builder.load(place)
-            loaded.align = 4
-            return loaded
-
-        def broadcast(x):
-            one = builder.insert_element(undefined, x, ir.Constant(ir.IntType(32), 0))
-            return builder.shuffle_vector(one, undefined, first_lane)
-
+        v = Vectors(builder)
         lines = [builder.mul(a_row, whole(i)) for i in range(ROWS)]
-        places = [
-            pointer(c, builder.add(builder.mul(c_row, whole(i)), whole(j)))
-            for i in range(ROWS)
-            for j in (0, LANES)
-        ]
-        before = [load(place) for place in places]
-        entry, loop = builder.block, builder.append_basic_block("tile")
-        end = builder.append_basic_block("tile_end")
-        builder.branch(loop)
-
-        builder.position_at_end(loop)
-        n = builder.phi(integer)
-        n.add_incoming(whole(0), entry)
-        sums = [builder.phi(vector) for _ in places]
-        for total, start in zip(sums, before):
-            total.add_incoming(start, entry)
-        row, column = builder.mul(n, b_row), builder.mul(n, a_column)
-        right = [load(pointer(b, builder.add(row, whole(j)))) for j in (0, LANES)]
-        new = []
-        for i, line in enumerate(lines):
-            left = broadcast(builder.load(pointer(a, builder.add(line, column), number)))
-            for j in (0, 1):
-                new.append(builder.call(multiply_add, [left, right[j], sums[2 * i + j]]))
-        for total, updated in zip(sums, new):
-            total.add_incoming(updated, loop)
-        following = builder.add(n, whole(1))
-        n.add_incoming(following, loop)
-        builder.cbranch(builder.icmp_signed("<", following, L), loop, end)
-
-        builder.position_at_end(end)
-        for place, total in zip(places, new):
-            builder.store(total, place).align = 4
+        starts = [builder.mul(c_row, whole(i)) for i in range(ROWS)]
+        places = [builder.add(start, whole(j)) for start in starts for j in offsets]
+        sums = [v.variable(v.load(c, place)) for place in places]
+        with v.count(whole(0), L) as n:
+            row, column = builder.mul(n, b_row), builder.mul(n, a_column)
+            right = [v.load(b, builder.add(row, whole(j))) for j in offsets]
+            for i, line in enumerate(lines):
+                left = v.repeat(a, builder.add(line, column))
+                for j in range(vectors):
+                    total = sums[vectors * i + j]
+                    builder.store(v.multiply_add(left, right[j], builder.load(total)), total)
+        for place, total in zip(places, sums):
+            v.store(builder.load(total), c, place)
         return context.get_dummy_value()
 
-    return signature, generate
+    @intrinsic
+    def tile(_, a, a_row, a_column, b, b_row, c, c_row, L):
+        return void(8), generate
+
+    return tile
+
+
+_wide_tile, _narrow_tile = _tile(2), _tile(1)
 
 
 @jit
@@ -114,14 +74,17 @@ def add_product(a, b, c, triangle):
     a_row, a_column = a.strides[0] // 4, a.strides[1] // 4
     b_row, c_row = b.strides[0] // 4, c.strides[0] // 4
     for j in range(0, N, COLS):
+        wide = N - j >= COLS
         for i in range(0, M, ROWS):
             first = i if triangle == UPPER else 0
-            last = i + ROWS if triangle == LOWER else L
-            _tile(
-                a.ctypes.data + 4 * (i * a_row + first * a_column), a_row, a_column,
-                b.ctypes.data + 4 * (first * b_row + j), b_row,
-                c.ctypes.data + 4 * (i * c_row + j), c_row, last - first,
-            )  # fmt: skip
+            length = (i + ROWS if triangle == LOWER else L) - first
+            left = a.ctypes.data + 4 * (i * a_row + first * a_column)
+            right = b.ctypes.data + 4 * (first * b_row + j)
+            out = c.ctypes.data + 4 * (i * c_row + j)
+            if wide:
+                _wide_tile(left, a_row, a_column, right, b_row, out, c_row, length)
+            else:
+                _narrow_tile(left, a_row, a_column, right, b_row, out, c_row, length)
 
 
 @jit
@@ -146,13 +109,3 @@ def block(memory, rows, columns):
     """A matrix in the front of a piece of memory. A corner of a larger one would not do: that its
     rows are contiguous, the compiler must know to vectorise."""
     return memory[: rows * columns].reshape((rows, columns))
-
-
-@jit
-def transpose(x, out):
-    """out [N,M] = x [M,N].T, both multiples of 16, in blocks that stay in the first-level cache."""
-    for i in range(0, x.shape[0], 16):
-        for j in range(0, x.shape[1], 16):
-            for m in range(j, j + 16):
-                for n in range(i, i + 16):
-                    out[m, n] = x[n, m]

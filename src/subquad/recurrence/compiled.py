@@ -28,8 +28,8 @@ def why_not(
         return f"compiled chunks run on the CPU, not on {q.device}"
     if v.dtype == torch.float64:
         return "compiled chunks compute in float32, not in float64"
-    if log_decay is not None and log_decay.ndim % 2 == 0:
-        return "compiled chunks know one decay a head, not one a key channel"
+    if log_decay is not None and log_decay.ndim % 2 == 0 and erase is not None:
+        return "compiled chunks erase with decays a head, not with decays a key channel"
     if isinstance(erase, LowRank) or bonus is not None:
         return f"compiled chunks know no {'bonus' if bonus is not None else 'LowRank'}"
     if not can_call_operators():
@@ -50,7 +50,8 @@ def chunked(
     """`forms.chunked` for what `why_not` allows, in float32; q as it came, not scaled."""
     beta = erase.beta if isinstance(erase, Delta) else None
     if log_decay is not None:
-        log_decay = log_decay.expand(v.shape[:3])
+        channels = () if log_decay.ndim % 2 else q.shape[3:]
+        log_decay = log_decay.expand(*v.shape[:3], *channels)
     inputs = (q, k, v, log_decay, beta, state)
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     kept = _most_chunks(q, cu_seqlens) if recorded else 0

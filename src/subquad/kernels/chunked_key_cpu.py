@@ -1,0 +1,52 @@
+"""The walk of `chunked_cpu.py` for decays a key channel. What a block is: `chunk_key_cpu.py`."""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+from subquad.kernels.chunk_key_cpu import (
+    part,
+    pass_on,
+    read_block,
+    read_out,
+    read_scores,
+    read_tokens,
+    room,
+)
+from subquad.kernels.chunked_inputs_cpu import CHUNK, enter, memory, unit_heads
+from subquad.kernels.cpu import SLICE, jit
+from subquad.kernels.pairs_cpu import BLOCK
+from subquad.kernels.product_cpu import block, padded
+
+
+@jit
+def forward(x, initial, o, final, starts, begin, stop):
+    """o [M,H*V], final [R,H,K,V] and, if not empty, starts [chunks,H,K,V] from initial [R,H,K,V].
+
+    For units begin/SLICE to stop/SLICE.
+    """
+    K, V = padded(x.K), padded(x.V)
+    highs, blocks, broads = memory(4, CHUNK, K), memory(2, BLOCK, K), memory(1, BLOCK, V)
+    states = memory(x.G, K, V)
+    moved, turned = block(blocks[0], BLOCK, K), block(blocks[1], K, BLOCK)
+    out = block(broads[0], BLOCK, V)
+    own = room(1, K, V)
+    for unit in range(begin // SLICE, stop // SLICE):
+        row, key_head, _, h0, h1 = unit_heads(x, unit)
+        for h in range(h0, h1):
+            enter(initial[row, h], block(states[h - h0], K, V))
+        for n in range(x.chunks[row], x.chunks[row + 1]):
+            chunk = read_tokens(x, row, n, key_head, highs)
+            for h in range(h0, h1):
+                S = block(states[h - h0], K, V)
+                if starts.size > 0:
+                    starts[n, h] = S[: x.K, : x.V]
+                for b in range(0, chunk.count, BLOCK):
+                    first, count = chunk.first + b, min(BLOCK, chunk.count - b)
+                    read_block(x, first, count, h, own)
+                    read_scores(chunk, b, own, turned)
+                    read_out(part(chunk.queries, b), own, S, moved, out)
+                    for t in range(count):
+                        o[first + t, h * x.V : (h + 1) * x.V] = out[t, : x.V]
+                    pass_on(part(chunk.keys, b), own, S, moved)
+        for h in range(h0, h1):
+            final[row, h] = block(states[h - h0], K, V)[: x.K, : x.V]
