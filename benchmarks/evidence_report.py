@@ -30,6 +30,11 @@ class Run(NamedTuple):
         return self.results.plan
 
 
+def counts(run: Run, least_part: float) -> bool:
+    """Whether it was trained for long enough to say something about the row."""
+    return not run.row.cut or run.row.steps >= least_part * run.plan.recipe.steps
+
+
 def best_of(found: Sequence[Run]) -> tuple[Values, dict[str, list[Run]]]:
     """By label: test values of the best learning rate, medians over its seeds; and its runs.
 
@@ -78,13 +83,18 @@ def write(part: Part, found: Sequence[Run], out: Path) -> None:
     experiment = EXPERIMENTS[part.name]
     places = list(experiment.rows)
     found = sorted(found, key=lambda run: (places.index(run.job.row), run.row.shape.parameters))
-    values, chosen = best_of(found)
+    counted = [run for run in found if counts(run, part.plan.least_part)]
+    values, chosen = best_of(counted)
     labels = dict.fromkeys(job.label for job in part.jobs())
     record = {
         "experiment": part.name,
         "size": part.label.removeprefix(f"{part.name}-"),
         "question": experiment.question,
-        "paper": {"source": experiment.paper, "reported": experiment.reported},
+        "paper": {
+            "source": experiment.paper,
+            "reported": experiment.reported,
+            "seen": experiment.seen,
+        },
         "environment": found[0].plan.environment,
         "recipe": asdict(found[0].plan.recipe),
         "note": part.plan.note,
@@ -92,6 +102,11 @@ def write(part: Part, found: Sequence[Run], out: Path) -> None:
         "chosen": {label: _chosen(runs) for label, runs in chosen.items()},
         "verdict": verdicts(experiment, values),
         "missing": [label for label in labels if label not in values],
+        "cut_too_early": [
+            {"label": run.job.label, "lr": run.job.lr, "seed": run.job.seed, "steps": run.row.steps}
+            for run in found
+            if run not in counted
+        ],
         "runs": [_run(run) for run in found],
     }
     write_json(out / f"{part.label}.json", record)
@@ -132,7 +147,9 @@ def page(record: dict[str, Any]) -> str:
         "",
         record["question"],
         "",
-        f"Paper: {record['paper']['source']}. Ours: {_conditions(record)} {record['note']}".strip(),
+        f"Paper: {record['paper']['source']}; {record['paper']['seen']}.",
+        "",
+        f"Ours: {_conditions(record)} {record['note']}".strip(),
         "",
         f"| row | {' | '.join(shown)} | lr | steps | parameters | state, bytes | paper |",
         f"|---|{'--:|' * (len(shown) + 4)}---|",
@@ -147,7 +164,7 @@ def page(record: dict[str, Any]) -> str:
     said = {True: "holds", False: "does not hold", None: "not judged: rows are missing"}
     lines += [f"- {answer['claim']}: **{said[answer['holds']]}**" for answer in record["verdict"]]
     if record["missing"]:
-        lines += ["", f"Not run: {', '.join(record['missing'])}."]
+        lines += ["", f"Not run, or cut off too early to count: {', '.join(record['missing'])}."]
     return "\n".join(lines) + "\n"
 
 

@@ -79,6 +79,19 @@ def test_the_best_rate_counts_and_the_median_of_its_seeds(evidence):
     assert evidence_report.best_of(further)[0]["gla"]["t1"] == 0.9
 
 
+def test_what_the_clock_cut_off_early_does_not_count(evidence):
+    from types import SimpleNamespace as Some
+
+    from evidence_report import Run, counts
+
+    def run(steps, cut):
+        plan = Some(recipe=Some(steps=300))
+        return Run(None, Some(plan=plan, rows=[Some(steps=steps, cut=cut)]))
+
+    assert counts(run(100, True), 1 / 3) and not counts(run(99, True), 1 / 3)
+    assert counts(run(10, False), 1 / 3) and counts(run(1, True), 0.0)  # solved; as planned
+
+
 def test_values_of_a_row_rise_with_its_width(evidence):
     import experiments
 
@@ -100,12 +113,12 @@ def test_jobs_run_side_by_side_until_the_deadline(evidence, monkeypatch, tmp_pat
     asked = ("--only", "retnet,gla", "--cpu-jobs", "2")
     told = run(*asked, "--deadline", "1", "--reserve", "0")
     assert "2 of 2 are not finished" in told  # too little time to begin
-    told = run(*asked, "--deadline", "100")
+    told = run(*asked, "--deadline", "600")
     assert "0 of 2 are not finished" in told and told.count("2 steps of") == 2
     assert len(list(work.glob("parity-small-2-steps/*/*/result.json"))) == 2
     assert "0 of 0" in run(*asked)  # nothing runs again
     page = run("--report")
-    assert "Not run: deltanet" in page and "| `gla` |" in page
+    assert "Not run, or cut off too early to count: deltanet" in page and "| `gla` |" in page
 
 
 def test_what_cannot_be_run_is_refused_by_name(evidence):
