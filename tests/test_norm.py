@@ -84,3 +84,14 @@ def test_transforms_see_every_operation():
     assert (got - want).norm() < 1e-5 * want.norm()
     torch.testing.assert_close(mapped, rms_norm(x, 8, None, EPS))
     torch.testing.assert_close(traced(tangent), rms_norm(tangent, 8, None, EPS))
+
+
+def test_shapes_that_do_not_fit_are_not_read_past_their_end():
+    torch.manual_seed(0)
+    x, gate = torch.randn(2, 3, 8), torch.randn(2, 3, 1)
+    first = gated_rms_norm(x, gate, 8, None, EPS, gate_first=True)
+    whole = gated_rms_norm(x, gate.repeat(1, 1, 8), 8, None, EPS, gate_first=True)
+    torch.testing.assert_close(first, whole)
+    for function in (lambda: rms_norm(x, 8, torch.ones(7), EPS), lambda: l2_norm(x, 5)):
+        with pytest.raises(RuntimeError):
+            function()

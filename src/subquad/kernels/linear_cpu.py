@@ -80,7 +80,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     N, K = weight.shape
     x, weight = x.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    y = torch.empty(*x.shape[:-1], N)
+    y = x.new_empty(*x.shape[:-1], N)
     enlarge_pages((weight,))
     _now(*team().ready(), _unit, *map(address, (x, weight, bias, y)), N, K, _unit_rows(N))
     return y

@@ -11,7 +11,6 @@ R rows (batch x heads)   H heads   G heads that share a key   K key size   V val
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from subquad.kernels.cpu import SLICE, address, at, exp, jit, over_channels
@@ -99,7 +98,7 @@ def step(
     [B,1,H,K]; bonus [H,K]; state [B,H,K,V]. Returns o [B,1,H,V] and the new state.
     """
     B, H, K, V = state.shape
-    o, new = torch.empty(v.shape), torch.empty(state.shape)
+    o, new = v.new_empty(v.shape), v.new_empty(state.shape)
     inputs = [
         None if x is None else x.contiguous()
         for x in (q, k, v, log_decay, beta, a, b, bonus, state)

@@ -10,7 +10,6 @@ M tokens   G groups of a token   D numbers of a group, normalised together
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from subquad.kernels.cpu import SLICE, address, at, evenly_spaced, jit, over_channels, sigmoid
@@ -76,7 +75,7 @@ def norm(
 
     x, gate [..., G * size]; weight [size] or [G * size]. No gradients.
     """
-    y = torch.empty(x.shape)
+    y = x.new_empty(x.shape)
     numbers, width = x.numel(), x.shape[-1]
     x, stride = evenly_spaced(x)
     gate_stride = 0

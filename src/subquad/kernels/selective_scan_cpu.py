@@ -199,9 +199,9 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [Bt,T,D], the last state [S,D,N] and, if `save`, the checkpoints to go back from."""
     channels, N = A.shape
-    y, last_state = torch.empty(x.shape), torch.empty(state.shape)
+    y, last_state = x.new_empty(x.shape), x.new_empty(state.shape)
     K = checkpoint_shape(x, A, state.shape[0])[0] if save else 0
-    checkpoints = torch.empty(K, N, channels)
+    checkpoints = x.new_empty(K, N, channels)
     over_channels(
         _forward, channels, x.numel() * N,
         *rows(x), *rows(dt), array(A.t()), array(B.reshape(-1, N)), array(C.reshape(-1, N)),
@@ -226,8 +226,8 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """Gradients of x, dt, A, B, C, D and the first state from those of y and the last state."""
     channels, N = A.shape
-    dx, ddt = torch.empty(x.shape), torch.empty(dt.shape)
-    dA, dD, dstate = torch.zeros(N, channels), torch.zeros(channels), dlast.clone()
+    dx, ddt = x.new_empty(x.shape), x.new_empty(dt.shape)
+    dA, dD, dstate = x.new_zeros(N, channels), x.new_zeros(channels), dlast.clone()
     shares = over_channels(
         _backward, channels, x.numel() * N,
         *rows(x), *rows(dt), array(A.t()), array(B.reshape(-1, N)), array(C.reshape(-1, N)),
@@ -247,7 +247,7 @@ def step(
 
     x, dt [S,1,D]; A [D,N]; B, C [S,1,N]; D [D]; state [S,D,N].
     """
-    y, new_state = torch.empty(x.shape), torch.empty(state.shape)
+    y, new_state = x.new_empty(x.shape), x.new_empty(state.shape)
     tensors = [t.contiguous() for t in (x, dt, A, B, C, D, state)]
     tensors += (y, new_state)
     over_channels(_step, A.shape[0], state.numel(), *map(address, tensors), *state.shape)

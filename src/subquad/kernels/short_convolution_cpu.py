@@ -176,7 +176,7 @@ def forward(
     silu: bool,
 ) -> Tensor:
     """y [B,T,D] of x [B,T,D], weight [D,W], bias [D], state [S,W-1,D], all float32."""
-    y = torch.empty(x.shape, dtype=torch.float32)
+    y = x.new_empty(x.shape, dtype=torch.float32)
     inputs = _prepare(x, weight, bias, state, cu_seqlens)
     over_channels(_forward, x.shape[2], x.numel(), *inputs, silu, y.view(-1, x.shape[2]).numpy())
     return y
@@ -193,8 +193,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x [B,T,D], weight [D,W], bias [D] and state [S,W-1,D] from that of y."""
     D = x.shape[2]
-    dx, dtaps = torch.zeros(x.shape), torch.zeros(weight.shape[1], D)
-    dbias, dstate = torch.zeros(D), torch.zeros(state.shape)
+    dx, dtaps = x.new_zeros(x.shape), x.new_zeros(weight.shape[1], D)
+    dbias, dstate = x.new_zeros(D), x.new_zeros(state.shape)
     inputs = _prepare(x, weight, bias, state, cu_seqlens)
     outputs = (g.numpy() for g in (dx.view(-1, D), dtaps, dbias, dstate))
     over_channels(_backward, D, x.numel(), *inputs, silu, *rows(dy), *outputs)
@@ -208,7 +208,7 @@ def step(
 
     x [S,1,D] or packed [1,S,D]; weight [D,W]; bias [D]; state [S,W-1,D].
     """
-    y, new_state = torch.empty(x.shape), torch.empty(state.shape)
+    y, new_state = x.new_empty(x.shape), x.new_empty(state.shape)
     D, W = weight.shape
     x, weight, state = x.contiguous(), weight.contiguous(), state.contiguous()
     bias = None if bias is None else bias.contiguous()

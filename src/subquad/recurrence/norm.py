@@ -37,7 +37,7 @@ def rms_norm(
     if x.is_cuda and _has_kernel(size, x, weight):
         return _on_gpu(x, size, weight, None, False, eps, 1.0, dtype)
     x = x if dtype is None else x.to(dtype)
-    if _compiles(x, weight):
+    if _compiles(size, x, weight):
         return _compiled(x, size, weight, None, False, eps, 1.0)
     return _plain(x, size, weight, eps)
 
@@ -54,7 +54,7 @@ def gated_rms_norm(
 
     The others are `rms_norm`'s.
     """
-    if _compiles(x, weight, gate):
+    if _compiles(size, x, weight, gate):
         return _compiled(x, size, weight, gate, gate_first, eps, 1.0)
     if x.is_cuda and _has_kernel(size, x, weight, gate):
         return _on_gpu(x, size, weight, gate, gate_first, eps, 1.0)
@@ -97,7 +97,7 @@ def l2_norm(x: Tensor, size: int, eps: float = 1e-6) -> Tensor:
     Args:
         x: [..., D], D a multiple of size.
     """
-    if _compiles(x):
+    if _compiles(size, x):
         return _compiled(x, size, None, None, False, eps / size, size**-0.5)
     if x.is_cuda and _has_kernel(size, x):
         return _on_gpu(x, size, None, None, False, eps / size, size**-0.5)
@@ -116,8 +116,14 @@ def _plain(x: Tensor, size: int, weight: Tensor | None, eps: float) -> Tensor:
     return F.rms_norm(parts, (size,), None, eps).flatten(-2) * weight
 
 
-def _compiles(x: Tensor, *others: Tensor | None) -> bool:
-    return can_call_compiled_code(t for t in (x, *others) if t is not None)
+def _compiles(
+    size: int, x: Tensor, weight: Tensor | None = None, gate: Tensor | None = None
+) -> bool:
+    """Shapes that do not fit are left to PyTorch: it broadcasts them, or says what is wrong."""
+    D = x.shape[-1]
+    fits = D % size == 0 and (gate is None or gate.shape == x.shape)
+    fits = fits and (weight is None or weight.shape in ((size,), (D,)))
+    return fits and can_call_compiled_code(t for t in (x, weight, gate) if t is not None)
 
 
 def _compiled(
