@@ -8,7 +8,6 @@ again. What a chunk's gradients are is in `chunk_gradients_cpu.py`.
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from subquad.kernels import chunked_key_backward_cpu
@@ -125,9 +124,9 @@ def backward(
             "Fix: give the forward pass `kept` where a gradient will be asked for."
         )
     M = int(x.bounds[-1])
-    dq, dk = torch.empty(x.parts, M, x.Hk * x.K), torch.empty(x.parts, M, x.Hk * x.K)
-    dv, dinitial = torch.empty(v.shape), torch.empty(dfinal.shape)
-    dg, dbeta = (torch.empty(0 if y is None else y.shape) for y in (log_decay, beta))
+    dq, dk = v.new_empty(x.parts, M, x.Hk * x.K), v.new_empty(x.parts, M, x.Hk * x.K)
+    dv, dinitial = v.new_empty(v.shape), v.new_empty(dfinal.shape)
+    dg, dbeta = (v.new_empty(0 if y is None else y.shape) for y in (log_decay, beta))
     by_token = (d.view(M, d.numel() // M).numpy() for d in (dv, dg, dbeta))
     walk = chunked_key_backward_cpu.backward if x.gates.size > 0 else _backward
     over_units(

@@ -8,7 +8,6 @@ ever leaves the second-level cache. Decays a key channel are walked over in `chu
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from subquad.kernels import chunked_key_cpu
@@ -75,8 +74,8 @@ def forward(
     or 0 to keep none.
     """
     x = prepare(q, k, v, log_decay, beta, scale, cu_seqlens)
-    o, final = torch.empty(v.shape), torch.empty(state.shape)
-    starts = torch.empty(kept, *state.shape[1:])
+    o, final = v.new_empty(v.shape), v.new_empty(state.shape)
+    starts = v.new_empty(kept, *state.shape[1:])
     flat = o.view(-1, x.Hk * x.G * x.V)
     walk = chunked_key_cpu.forward if x.gates.size > 0 else _forward
     over_units(walk, x, array(state), flat.numpy(), final.numpy(), starts.numpy())
