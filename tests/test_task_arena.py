@@ -432,6 +432,14 @@ def test_a_row_reaches_as_far_as_every_test_on_the_way_is_solved(finished, value
     assert found[-1] == f"gla: {reach}."
 
 
+def test_a_row_that_the_clock_cut_off_is_told_with_its_step(finished):
+    results, _ = finished
+    cut = replace(results.rows[0], cut=True, steps=7)
+    told = TaskArenaResults(results.plan, [cut, *results.rows[1:]])
+    assert f"Cut off by the clock, not solved: {cut.label} (step 7)." in findings(told)
+    assert "cut off at 7" in render_task_html(told)
+
+
 def test_a_guess_is_told_in_the_units_of_the_metric(tmp_path):
     assert tasks.get("parity").guess == 0 and tasks.get("mqar").guess == 1 / 64
     config = {"task": "parity", "rows": ("gla",), "settings": {"test_lengths": [8]}}
