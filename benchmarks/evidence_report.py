@@ -201,21 +201,37 @@ def plot(
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for label, tests in values.items():
-        first = chosen[label][0].row
-        if experiment.against == "state_bytes":
-            point = (first.state_bytes, at(values, label, 0))
-            lines.setdefault(label.split(" ")[0], []).append(point)
-        else:
-            known = zip(first.tests, tests.values())
-            lines[label] = sorted((t.positions, value) for t, value in known if value is not None)
+    against, lines = _lines(experiment, values, chosen)
     for index, (label, points) in enumerate(lines.items()):
         style = "-" if index < 10 else "--"  # there are ten colours
         axes.plot(*zip(*points), marker="o", markersize=4, linestyle=style, label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel(experiment.against.replace("_", " "))
+    if against != "steps":
+        axes.set_xscale("log", base=2)
+    axes.set_xlabel(against)
     axes.set_ylabel(experiment.quantity)
     axes.set_title(title)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(file, metadata={"Date": None})
+
+
+Points = list[tuple[float, float]]
+
+
+def _lines(
+    experiment: Experiment, values: Values, chosen: dict[str, list[Run]]
+) -> tuple[str, dict[str, Points]]:
+    """What is on the x axis, and the points of each line: values against bytes of state, against
+    the length of the test, or, where there is one length, against steps of training."""
+    lines: dict[str, Points] = {}
+    if experiment.against == "state_bytes":
+        for label, runs in chosen.items():
+            point = (runs[0].row.state_bytes, at(values, label, 0))
+            lines.setdefault(label.split(" ")[0], []).append(point)
+        return "bytes of state", lines
+    if all(len(tests) == 1 for tests in values.values()):
+        rows = {label: runs[0].row for label, runs in chosen.items()}
+        return "steps", {n: list(zip(row.value_steps, row.values)) for n, row in rows.items()}
+    for label, tests in values.items():
+        known = zip(chosen[label][0].row.tests, tests.values())
+        lines[label] = sorted((t.positions, value) for t, value in known if value is not None)
+    return "positions", lines
