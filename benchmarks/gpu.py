@@ -125,6 +125,10 @@ def shorten_autotuning() -> None:
     triton.testing.do_bench = brief
 
 
+def version(peer: str) -> str:
+    return getattr(__import__(peer), "__version__", "unknown")
+
+
 def copy_rate() -> float:
     """Bytes a second of a device-to-device copy, read and written ones counted."""
     from triton.testing import do_bench
@@ -207,7 +211,11 @@ def main() -> None:
     report = {
         "device": torch.cuda.get_device_name(),
         "date": datetime.date.today().isoformat(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
+        "versions": {
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            **{peer: version(peer) for peer in args.peers},
+        },
         "copy_TB_per_s": rate / 1e12,
         "rows": [],
     }

@@ -78,8 +78,58 @@ def test_split_sequences(gate, cu_seqlens):
     check(case)
 
 
-def test_bits_repeat():
-    case = Case("[B,T,H,K]", T=3000, B=2, H=4, Hk=2, K=64, V=64, dtype=BF16)
+@pytest.mark.parametrize("cu_seqlens", [None, PACKED])
+@pytest.mark.parametrize("heads", [(8, 1), (6, 2)], ids=str)
+@pytest.mark.parametrize("gate", ["[H]", "[B,T,H]"])
+def test_shared_keys(gate, heads, cu_seqlens):
+    H, Hk = heads
+    check(Case(gate, T=450, H=H, Hk=Hk, K=128, V=64, cu_seqlens=cu_seqlens, dtype=BF16))
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, (0, 1, 900, 901, 5000)])
+def test_shared_keys_split(cu_seqlens):
+    check(Case("[B,T,H]", T=5000, H=2, K=80, V=48, cu_seqlens=cu_seqlens, dtype=BF16))
+
+
+def test_shared_keys_hard_gates():
+    check(Case("[B,T,H]", T=331, H=4, Hk=2, K=128, V=64, lowest=-50.0, dtype=BF16))
+
+
+@pytest.mark.slow
+def test_more_elements_than_int32_counts():
+    """The gates forget all but the last thousand tokens, so a call on those must agree."""
+    for H, Hk, K, V in ((16, 16, 128, 128), (32, 1, 128, 64)):  # one at a time: 35 GiB each
+        free, _ = torch.cuda.mem_get_info()
+        if free < 45 * 2**30:
+            pytest.skip("needs 45 GiB of free memory")
+        agrees_at_the_end(H, Hk, K, V)
+
+
+def agrees_at_the_end(H: int, Hk: int, K: int, V: int) -> None:
+    tail, T = 8192, 2**31 // (H * V) + 4096
+    torch.manual_seed(0)
+    options = {"device": "cuda", "dtype": BF16}
+    inputs = [torch.randn(1, T, heads, n, **options) for heads, n in ((Hk, K), (Hk, K), (H, V))]
+    inputs.append(torch.full((1, T, H), -0.1, device="cuda"))
+    do = torch.randn(1, T, H, V, **options)
+    assert do.numel() > 2**31
+
+    def last(inputs, do):
+        leaves = [x.requires_grad_() for x in inputs]
+        o, final = matrix.linear_recurrence(*leaves)
+        found = [o, *torch.autograd.grad(o, leaves, do)]
+        return [x[:, -4096:].clone() for x in found], final
+
+    found, final = last(inputs, do)
+    inputs = [x.detach()[:, -tail:].clone() for x in inputs]
+    same, also = last(inputs, do[:, -tail:])
+    for one, other in zip([*found, final], [*same, also]):
+        torch.testing.assert_close(one, other, rtol=2**-6, atol=2**-6 * other.abs().max().item())
+
+
+@pytest.mark.parametrize("gate", ["[B,T,H]", "[B,T,H,K]"])
+def test_bits_repeat(gate):
+    case = Case(gate, T=3000, B=2, H=4, Hk=2, K=64, V=64, dtype=BF16)
     first, second = results(kernels, case, "cuda"), results(kernels, case, "cuda")
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -99,7 +149,7 @@ def test_strided_inputs_and_minus_infinity():
 def test_opcheck_and_compile(gate):
     case = Case(gate, T=100, B=2, K=32, V=32, dtype=BF16)
     inputs = [None if x is None else x.requires_grad_() for x in case.inputs("cuda").values()]
-    torch.library.opcheck(matrix.scan_forward, (*inputs, None, 0.3))
+    torch.library.opcheck(matrix.scan_forward.op, (*inputs, None, 0.3))
     compiled = torch.compile(lambda *a: matrix.linear_recurrence(*a), fullgraph=True)
     q, k, v, log_decay, bonus, state = inputs
     o, final = compiled(q, k, v, log_decay, bonus, None, state)

@@ -36,6 +36,17 @@ def cases() -> dict[str, dict]:
         found[f"{gate} split and packed"] = {"gate": gate, **split}
         found[f"{gate} one token"] = {"gate": gate, "T": 1}
         found[f"{gate} bfloat16"] = {"gate": gate, "T": 70, "dtype": "bfloat16", "H": 1}
+    shared = {"dtype": "bfloat16", "K": 20, "V": 24}  # keys: a backward pass of their own
+    found["[H] shared, bfloat16"] = {"gate": "[H]", "T": 150, "H": 4, "Hk": 2, **shared}
+    found["[B,T,H] shared, bfloat16, hard"] = {
+        "gate": "[B,T,H]",
+        "T": 100,
+        "lowest": -50.0,
+        **shared,
+    }
+    for name, offsets in (("split", None), ("split and packed", (0, 1, 300, 301, 400))):
+        split = {"gate": "[B,T,H]", "T": 400, "cu_seqlens": offsets, "split": True}
+        found[f"[B,T,H] shared, bfloat16, {name}"] = {**split, **shared}
     return found
 
 
@@ -85,7 +96,7 @@ def main() -> None:
     for gate in ("none", "[B,T,H,K]"):  # raises where the fake or the gradient is not as promised
         inputs = Case(gate, T=20).inputs("cpu").values()
         leaves = [None if x is None else x.requires_grad_() for x in inputs]
-        torch.library.opcheck(matrix.scan_forward, (*leaves, None, 0.3))
+        torch.library.opcheck(matrix.scan_forward.op, (*leaves, None, 0.3))
     print(json.dumps(found))
 
 

@@ -84,6 +84,12 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@lru_cache(maxsize=8)
+def roomy(device: torch.device) -> bool:
+    """Whether a program has more than 200 KiB of shared memory, as on Hopper and its successor."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
 def segment_length(batch: int, tokens: int, warps: int, device: torch.device) -> int:
     """Split a sequence where its programs, of so many warps in all, would leave processors idle.
 

@@ -9,17 +9,27 @@
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from . import shared
+from .gpu import DTYPES, triton_missing
 from .launch import launch
 from .layout import KEY, blocks, choose_tiles, gate_kind, segment_length
-from .passes import empty_states, enter_segments, plan, scan_launches, strided
+from .operator import operator
+from .passes import (
+    empty_states,
+    enter_segments,
+    left_over,
+    plan,
+    scan_launches,
+    states_to_keep,
+    strided,
+)
 
 GATE_NAMES = ("no decay", "fixed decay per head", "decay per head", "decay per key channel")
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def supported(
@@ -41,16 +51,7 @@ def supported(
     for name, size in (("K", q.shape[-1]), ("V", v.shape[-1])):
         if size > 256:
             return f"{name} is {size}; the Triton kernels hold at most 256 channels of a head"
-    return _triton_missing()
-
-
-@lru_cache(maxsize=1)
-def _triton_missing() -> str | None:
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return "Triton is not installed"
-    return None
+    return triton_missing()
 
 
 def describe(
@@ -91,63 +92,73 @@ def linear_recurrence(
         o, final = linear_recurrence(q, k, v, log_decay, bonus, 1.0, state, cu_seqlens)
         return o * 0.0, final
     state = None if state is None else state.float()
-    return scan_forward(
+    o, final, _ = scan_forward(
         q.to(dtype), k.to(dtype), v.to(dtype), log_decay, bonus, state, cu_seqlens, float(scale)
     )
+    return o, final
 
 
 # ---- the ops --------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("subquad::scan_forward", mutates_args=())
+@operator("subquad::scan_forward")
 def scan_forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, bonus: Tensor | None,
     state: Tensor | None, cu_seqlens: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Outputs [B,T,H,V] and the state [B,H,K,V] that leaves each sequence."""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Outputs [B,T,H,V], the state [B,H,K,V] that leaves each sequence, those that enter segments.
+
+    The last are for the backward pass, and none where the sequences are not split.
+    """
     q, k, v = strided(q), strided(k), strided(v)
     heads = v.shape[2]
     gate, layout, tiles, _ = plan(k, v, log_decay, cu_seqlens)
     state = None if state is None else state.contiguous()
     bonus = None if bonus is None else bonus.contiguous()
     o = torch.empty(v.shape, device=v.device, dtype=v.dtype)
+    entering, joined = empty_states(k, v, 0), None
     if layout.split:
-        state, final = enter_segments(k, v, gate, layout, tiles, heads, state, False, 1.0, bonus)
-        finish = None
-    else:
-        finish = final = empty_states(k, v, layout.sequences)
+        walk = (gate, layout, tiles, heads)
+        state, joined = enter_segments(k, v, *walk, state, False, 1.0, bonus)
+        entering = state
+    finish = empty_states(k, v, layout.segments) if joined is None else None
     launch(scan_launches(q, k, v, o, gate, layout, tiles, heads, scale=scale, bonus=bonus,
                          start=state, finish=finish))  # fmt: skip
-    return o, final
+    return o, left_over(joined, finish, layout, False), entering
 
 
 @scan_forward.register_fake
 def _(q, k, v, log_decay, bonus, state, cu_seqlens, scale):
     sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return v.new_empty(v.shape), empty_states(k, v, sequences)
+    kept = states_to_keep(k, v, log_decay, cu_seqlens)
+    return v.new_empty(v.shape), empty_states(k, v, sequences), empty_states(k, v, kept)
 
 
-@torch.library.custom_op("subquad::scan_backward", mutates_args=())
+@operator("subquad::scan_backward")
 def scan_backward(
     do: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None,
-    bonus: Tensor | None, state: Tensor | None, cu_seqlens: Tensor | None, scale: float,
-    with_gate: bool,
+    bonus: Tensor | None, state: Tensor | None, entering: Tensor, cu_seqlens: Tensor | None,
+    scale: float, with_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, log_decay (empty unless with_gate), bonus (empty if none), state."""
     do, q, k, v = strided(do), strided(q), strided(k), strided(v)
     heads, width = v.shape[2], k.shape[-1]
-    gate, layout, value_tiles, key_tiles = plan(k, v, log_decay, cu_seqlens)
     state = None if state is None else state.contiguous()
     dfinal = None if dfinal is None else dfinal.contiguous()
+    if log_decay is not None and bonus is None and shared.takes(k, v, log_decay):
+        dq, dk, dv, dslopes, dstate = shared.gradients(
+            do, dfinal, q, k, v, log_decay, state, entering, cu_seqlens, scale, with_gate
+        )
+        return dq, dk, dv, dslopes, v.new_empty(0), dstate
+    gate, layout, value_tiles, key_tiles = plan(k, v, log_decay, cu_seqlens)
     bonus = None if bonus is None else bonus.contiguous()
 
+    joined = None
     if layout.split:
+        state = entering
         walk = (gate, layout, value_tiles, heads)
-        state, _ = enter_segments(k, v, *walk, state, False, 1.0, bonus)
-        dfinal, dstate = enter_segments(q, do, *walk, dfinal, True, scale, bonus)
-        finish = None
-    else:
-        finish = dstate = empty_states(k, v, layout.sequences)
+        dfinal, joined = enter_segments(q, do, *walk, dfinal, True, scale, bonus)
+    finish = empty_states(k, v, layout.segments) if joined is None else None
 
     dv = torch.empty(v.shape, device=v.device, dtype=v.dtype)
     dq = v.new_empty(*v.shape[:3], width)
@@ -185,7 +196,7 @@ def scan_backward(
         )  # fmt: skip
     return (
         _unshare(dq, q), _unshare(dk, k), dv, _fold(dgate, log_decay, v), _fold(dbonus, bonus, v),
-        dstate,
+        left_over(joined, finish, layout, True),
     )  # fmt: skip
 
 
@@ -204,7 +215,7 @@ def _unshare(gradient: Tensor, like: Tensor) -> Tensor:
 
 
 @scan_backward.register_fake
-def _(do, dfinal, q, k, v, log_decay, bonus, state, cu_seqlens, scale, with_gate):
+def _(do, dfinal, q, k, v, log_decay, bonus, state, entering, cu_seqlens, scale, with_gate):
     sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dgate = log_decay.new_empty(log_decay.shape) if with_gate else v.new_empty(0)
     dbonus = v.new_empty(0) if bonus is None else bonus.new_empty(bonus.shape)
@@ -214,17 +225,19 @@ def _(do, dfinal, q, k, v, log_decay, bonus, state, cu_seqlens, scale, with_gate
 
 def _save(ctx, inputs: tuple, output: tuple) -> None:
     *tensors, scale = inputs
-    ctx.save_for_backward(*tensors)
+    *_, entering = output
+    ctx.save_for_backward(*tensors, entering)
+    ctx.mark_non_differentiable(entering)
     ctx.scale = scale
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, do: Tensor | None, dfinal: Tensor | None) -> tuple:
-    q, k, v, log_decay, bonus, state, cu_seqlens = ctx.saved_tensors
+def _gradients(ctx, do: Tensor | None, dfinal: Tensor | None, _: None) -> tuple:
+    q, k, v, log_decay, bonus, state, cu_seqlens, entering = ctx.saved_tensors
     do = torch.zeros_like(v) if do is None else do
     with_gate = log_decay is not None and ctx.needs_input_grad[3]
     dq, dk, dv, dgate, dbonus, dstate = scan_backward(
-        do, dfinal, q, k, v, log_decay, bonus, state, cu_seqlens, ctx.scale, with_gate
+        do, dfinal, q, k, v, log_decay, bonus, state, entering, cu_seqlens, ctx.scale, with_gate
     )
     return (
         dq, dk, dv, dgate if with_gate else None, None if bonus is None else dbonus,
@@ -232,4 +245,4 @@ def _gradients(ctx, do: Tensor | None, dfinal: Tensor | None) -> tuple:
     )  # fmt: skip
 
 
-scan_forward.register_autograd(_gradients, setup_context=_save)
+scan_forward.register_autograd(_gradients, _save)

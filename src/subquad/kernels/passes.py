@@ -148,24 +148,55 @@ def _dot_type(dtype: torch.dtype) -> tuple[object, str]:
 def enter_segments(
     w: Tensor, x: Tensor, gate: Gate, layout: Layout, tiles: Tiles, heads: int,
     start: Tensor | None, reverse: bool, scale: float, bonus: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The state that enters each segment, and the one that leaves each sequence."""
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The state that enters each segment; and, if packed, the one that leaves each sequence."""
     from .tiles import join
 
     width, columns = w.shape[-1], x.shape[-1]
     states = x.new_empty(layout.segments, heads, width, columns, dtype=torch.float32)
     totals = x.new_empty(layout.segments, heads, width, dtype=torch.float32)
-    final = x.new_empty(layout.sequences, heads, width, columns, dtype=torch.float32)
+    packed = layout.offsets is not None
+    final = empty_states(w, x, layout.sequences) if packed else None
     launch(scan_launches(None, w, x, None, gate, layout, tiles, heads, reverse=reverse,
                          scale=scale, finish=states, totals=totals, bonus=bonus))  # fmt: skip
     block = min(1024, padded(width * columns))
     join[(layout.sequences * heads * -(-width * columns // block),)](
-        states, final if start is None else start, final, totals,
-        totals if layout.offsets is None else layout.offsets, layout.per_row,
+        states, states if start is None else start, final if packed else states, totals,
+        layout.offsets if packed else totals, layout.per_row,
         H=heads, K=width, V=columns, BLOCK=block, GATED=gate.kind != NONE, REVERSE=reverse,
-        START=start is not None, PACKED=layout.offsets is not None,
+        START=start is not None, PACKED=packed,
     )  # fmt: skip
     return states, final
+
+
+def left_over(
+    joined: Tensor | None, finish: Tensor | None, layout: Layout, reverse: bool
+) -> Tensor:
+    """The states that leave the sequences: joined, or by the scan of each one's last segment."""
+    if finish is None:
+        assert joined is not None
+        return joined
+    if not layout.split:
+        return finish
+    return finish.unflatten(0, (-1, layout.per_row))[:, 0 if reverse else -1].clone()
+
+
+def segment_tokens(k: Tensor, v: Tensor, kind: int) -> int:
+    """Tokens of a segment. Forward and backward pass cut alike: one leaves states for the other."""
+    batch, tokens, heads, columns = v.shape
+    tiles = choose_tiles(k.shape[-1], columns, v.dtype, kind, False)
+    return segment_length(batch, tokens, heads * blocks(columns, tiles) * tiles.warps, v.device)
+
+
+def states_to_keep(
+    k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None
+) -> int:  # fmt: skip
+    """How many states the forward pass leaves for the backward pass: one a segment if it splits."""
+    batch, tokens = v.shape[:2]
+    per_row = -(-tokens // segment_tokens(k, v, gate_kind(log_decay)))
+    if per_row == 1:
+        return 0
+    return batch * per_row if cu_seqlens is None else per_row + cu_seqlens.shape[0] - 2
 
 
 class Plan(NamedTuple):
@@ -178,13 +209,12 @@ class Plan(NamedTuple):
 
 
 def plan(k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None) -> Plan:
-    batch, tokens, heads, columns = v.shape
+    batch, tokens, _, columns = v.shape
     width = k.shape[-1]
     gate = prepare_gate(log_decay, v)
     value_tiles = choose_tiles(width, columns, v.dtype, gate.kind, False)
     key_tiles = choose_tiles(columns, width, v.dtype, gate.kind, gate.kind != NONE)
-    warps = heads * blocks(columns, value_tiles) * value_tiles.warps
-    length = segment_length(batch, tokens, warps, v.device)
+    length = segment_tokens(k, v, gate.kind)
     layout = lay_out(batch, tokens, length, cu_seqlens, value_tiles.chunk)
     gate = sum_gate(gate, k, v, cu_seqlens, value_tiles.chunk)
     return Plan(gate, layout, value_tiles, key_tiles)

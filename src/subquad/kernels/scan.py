@@ -20,7 +20,18 @@ where it lies, and never passes through shared memory. `docs/kernels.md` explain
 import triton
 import triton.language as tl
 
-from .tiles import FLOOR2, HEAD, HEAD_FIXED, LOG2E, NONE, gap, load_tile, locate, two_parts
+from .tiles import (
+    FLOOR2,
+    HEAD,
+    HEAD_FIXED,
+    LOG2E,
+    NONE,
+    gap,
+    load_tile,
+    locate,
+    nothing_follows,
+    two_parts,
+)
 
 
 @triton.jit
@@ -95,7 +106,7 @@ def scan(
     """One segment, one head, BN output columns. See the module's docstring for the parts.
 
     start, finish: states [segments, H, K, V] in and out; READ=False only carries the state, and
-    leaves the segment's summed gates in `totals`.
+    leaves the segment's summed gates in `totals` (of segments that another one follows).
 
     A gate's gradient is the sum over the tokens from it on of q.dq - k.dk, plus the state's
     product with its own gradient at the segment's end (`ends`, which dq has left; dk leaves the
@@ -109,6 +120,9 @@ def scan(
     block = pid % BLOCKS
     head = (pid // BLOCKS) % H
     segment = pid // (BLOCKS * H)
+    if not READ and not PACKED:  # noqa: SIM102 - known when compiling; what follows is not
+        if nothing_follows(segment, per_row, REVERSE):
+            return
     begin, length, chunk = locate(segment, table, tokens, seg_len, per_row, PACKED, C)
     chunks = tl.cdiv(length, C)
     t = tl.arange(0, C)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .chunk_key import far_chunk, near_chunk, sum_gates
-from .tiles import gap, load_gates, load_tile, locate
+from .tiles import gap, load_gates, load_tile, locate, nothing_follows
 
 
 @triton.jit
@@ -52,6 +52,9 @@ def scan_key(
     block = pid % BLOCKS
     head = (pid // BLOCKS) % H
     segment = pid // (BLOCKS * H)
+    if not READ and not PACKED:  # noqa: SIM102 - known when compiling; what follows is not
+        if nothing_follows(segment, per_row, REVERSE):
+            return
     begin, length, chunk = locate(segment, table, tokens, seg_len, per_row, PACKED, C)
     chunks = tl.cdiv(length, C)
     fits += head * tl.cast(chunks_in_all, tl.int64) + chunk

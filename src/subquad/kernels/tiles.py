@@ -38,6 +38,15 @@ def locate(segment, table, tokens, length, per_row, PACKED: tl.constexpr, C: tl.
 
 
 @triton.jit
+def nothing_follows(segment, per_row, REVERSE: tl.constexpr):
+    """Whether a segment is the last of its row to be scanned: no other waits for its state."""
+    if REVERSE:
+        return segment % per_row == 0
+    else:
+        return segment % per_row == per_row - 1
+
+
+@triton.jit
 def load_tile(base, rows, cols, stride, count, WIDTH: tl.constexpr, EVEN: tl.constexpr):
     mask = rows[:, None] < count
     if not EVEN:
@@ -74,7 +83,10 @@ def join(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
     GATED: tl.constexpr, REVERSE: tl.constexpr, START: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Turn each segment's own end state into the state that enters it; store the last one."""
+    """Turn each segment's own end state into the state that enters it.
+
+    PACKED: also store the state that leaves each sequence; otherwise its last scan finds it.
+    """
     pid = tl.program_id(0)
     BLOCKS: tl.constexpr = (K * V + BLOCK - 1) // BLOCK
     cell = (pid % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
@@ -102,4 +114,5 @@ def join(
             total = tl.load(totals + (segment * H + head) * K + cell // V, mask=inside, other=0.0)
             carry *= tl.exp(total)
         carry += grown
-    tl.store(finish + (sequence * H + head) * K * V + cell, carry, mask=inside)
+    if PACKED:
+        tl.store(finish + (sequence * H + head) * K * V + cell, carry, mask=inside)
