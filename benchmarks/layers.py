@@ -329,8 +329,8 @@ def tune(rate: float) -> list[dict]:
     _, leaves, calls = convolution(False)
     conv = short_convolution
     for channels, length, at_once in itertools.product((64, 128, 256), (32, 64, 128), (4, 8, 16)):
-        conv.CHANNELS, conv.LENGTHS = channels, (length,)
-        conv.AT_ONCE = conv.BACK_AT_ONCE = at_once
+        conv.CHANNELS, conv.AT_ONCE = channels, at_once
+        conv.LENGTH = conv.BACK_LENGTH = length
         run = [trained(calls["ours"], leaves, grads) for grads in (False, True)]
         [call() for call in run]
         split = kernel_ms(run[1])

@@ -35,7 +35,6 @@ def fla_gla(vocabulary: int) -> Any:
 
 def fla_mamba2(vocabulary: int) -> Any:
     """Its scan and convolution are mamba_ssm's and causal_conv1d's."""
-    find_mamba_ssm()
     from fla.models import Mamba2Config, Mamba2ForCausalLM
 
     config = Mamba2Config(
@@ -46,7 +45,6 @@ def fla_mamba2(vocabulary: int) -> Any:
 
 
 def mamba_ssm_mamba2(vocabulary: int) -> Any:
-    find_mamba_ssm()
     from mamba_ssm.models.config_mamba import MambaConfig
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 
@@ -71,9 +69,8 @@ def loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids, labels=ids).loss
 
 
-@lru_cache(maxsize=1)
 def find_mamba_ssm() -> None:
-    """Let mamba_ssm be imported where its CUDA extension for Mamba-1 was not built.
+    """Let mamba_ssm, if there, be imported where its CUDA extension for Mamba-1 was not built.
 
     Mamba-2 runs without it: on Triton kernels, and the convolution of causal_conv1d if that is
     installed. But the package's `__init__` imports all models, and so that extension.
@@ -82,7 +79,7 @@ def find_mamba_ssm() -> None:
         sys.modules["selective_scan_cuda"] = types.ModuleType("selective_scan_cuda")
     spec = importlib.machinery.PathFinder.find_spec("mamba_ssm")
     if spec is None:
-        raise ModuleNotFoundError("mamba_ssm is not installed")
+        return
     package = types.ModuleType("mamba_ssm")
     package.__path__ = spec.submodule_search_locations
     sys.modules["mamba_ssm"] = package
@@ -90,7 +87,8 @@ def find_mamba_ssm() -> None:
 
 @lru_cache(maxsize=1)
 def prepare() -> None:
-    """Tune more quickly."""
+    """Before a peer is imported: fla looks for mamba_ssm when it is. Tune more quickly."""
+    find_mamba_ssm()
     import triton
     from triton.runtime.autotuner import Autotuner
 

@@ -222,23 +222,31 @@ def gpu_layers() -> str:
     return "\n".join(lines)
 
 
-def gpu_models() -> str:
-    rows = json.loads((DOCS / "results" / "models-h200.json").read_text("utf-8"))["rows"]
+def gpu_training() -> str:
+    rows = json.loads((DOCS / "results" / "models-train-h200.json").read_text("utf-8"))["rows"]
     lines = [
-        "| model | parameters | training, tokens/s | of matmul peak | memory |",
-        "|---|---|---|---|---|",
+        "| model | by | parameters | training, tokens/s | ms a step | of matmul peak | memory |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        if row["work"] == "train":
-            lines.append(
-                f"| {row['model']} | {row['parameters'] / 1e6:.0f}M | "
-                f"{row['tokens_per_s'] / 1e3:.1f}k | {row['share_of_matmul_peak']:.1%} | "
-                f"{row['peak_GiB']:.0f} GiB |"
-            )
+        if "error" in row:
+            lines.append(f"| {row['model']} | {row['by']} | | {row['error'].split(':')[0]} | | | |")
+            continue
+        lines.append(
+            f"| {row['model']} | {row['by']} | {row['parameters'] / 1e6:.0f}M | "
+            f"{row['tokens_per_s'] / 1e3:.1f}k | {row['ms']:.0f} | "
+            f"{row['share_of_matmul_peak']:.1%} | {row['peak_GiB']:.0f} GiB |"
+        )
+    return "\n".join(lines)
+
+
+def gpu_models() -> str:
+    rows = json.loads((DOCS / "results" / "models-h200.json").read_text("utf-8"))["rows"]
+    lines = []
     made = [row for row in rows if row["work"] == "generate"]
     batches = sorted({row["batch"] for row in made})
     heads = [f"batch {batch}: prefill, ms a token, new tokens/s" for batch in batches]
-    lines += ["", "| model | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    lines += ["| model | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     for model, way in dict.fromkeys((row["model"], row["way"]) for row in made):
         cells = [f"{model}, `{way}`"]
         for row in made:
@@ -261,6 +269,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "evidence": evidence,
     "scaling": scaling,
     "gpu_layers": gpu_layers,
+    "gpu_training": gpu_training,
     "gpu_models": gpu_models,
 }
 

@@ -112,6 +112,7 @@ def main() -> None:
         truth = work.results(work.torch_form, "cpu", dtype, wide=True)
         found[name] = layer_cases.errors(work.results(work.ours, "cpu", dtype), truth)
     check()
+    check_far_rows()
     print(json.dumps(found))
 
 
@@ -137,6 +138,35 @@ def check() -> None:
         inputs = layer_cases.gated_norm(heads=heads).inputs.values()
         inputs = [None if x is None else x.requires_grad_() for x in inputs]
         torch.library.opcheck(norm.norm.op, (*inputs, 20, True, 1e-5, 1.0, None))
+
+
+def check_far_rows() -> None:
+    """Raise, or crash, where an offset beyond 32 bits has wrapped round.
+
+    The rows of x lie far apart in a file without content between them, which takes no room.
+    """
+    import tempfile
+
+    import torch
+
+    from subquad.kernels import norm, short_convolution
+
+    tokens, channels, apart = 20, 8, 2**27 + 2**25
+    near, dy = torch.randn(2, 1, tokens, channels, dtype=torch.bfloat16).unbind(0)
+    weight = torch.randn(channels, 4)
+    with tempfile.NamedTemporaryFile() as file:
+        size = apart * (tokens - 1) + channels
+        far = torch.from_file(file.name, shared=True, size=size, dtype=torch.bfloat16)
+        far = far.as_strided((1, tokens, channels), (apart * tokens, apart, 1))
+        far.copy_(near)
+        for convolved in ((None, None, None, True), (None, None, None, False)):
+            y, same = (short_convolution.convolve(x, weight, *convolved) for x in (far, near))
+            assert torch.equal(y, same)
+        options = (weight, None, None, None, True, False)
+        grads, same = (short_convolution.convolve_backward(dy, x, *options) for x in (far, near))
+        assert all(torch.equal(one, other) for one, other in zip(grads, same))
+        options = (None, None, None, None, channels, False, 1e-5, 1.0, None)
+        assert torch.equal(norm.norm(far, *options), norm.norm(near, *options))
 
 
 if __name__ == "__main__":

@@ -60,7 +60,8 @@ def enter(x, state, row, t, x_row, d, D: tl.constexpr, W: tl.constexpr, STATE: t
     """The W - 1 inputs before token t of a row; x points at the row's first token."""
     past = ()
     for s in tl.static_range(1, W):
-        seen = tl.load(x + (t - s) * x_row + d, mask=(d < D) & (t >= s), other=0.0).to(tl.float32)
+        at = x + tl.cast(t - s, tl.int64) * x_row + d
+        seen = tl.load(at, mask=(d < D) & (t >= s), other=0.0).to(tl.float32)
         if STATE:
             cells = (row * (W - 1) + (W - 1 + t - s)) * D + d
             seen += tl.load(state + cells, mask=(d < D) & (t < s), other=0.0).to(tl.float32)

@@ -16,8 +16,8 @@ from .operator import operator
 WIDEST = 8  # taps, unrolled
 CHANNELS = 128  # of a program, four to a thread
 WARPS = 1
-AT_ONCE, BACK_AT_ONCE = 8, 4  # tokens loaded at once
-LENGTHS = (64, 16)  # tokens of a program; fewer where programs would not fill the chip
+AT_ONCE = 8  # tokens loaded at once
+LENGTH, BACK_LENGTH, LEAST = 64, 128, 16  # tokens of a program: LEAST where programs were too few
 ENOUGH = 2048  # programs
 
 
@@ -39,7 +39,7 @@ def convolve(
     batch, tokens, channels = x.shape
     x, weight, bias, state = _laid_out(x, weight, bias, state)
     y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
-    pieces, length = _pieces(batch, tokens, channels)
+    pieces, length = _pieces(batch, tokens, channels, LENGTH)
     forward[(pieces * -(-channels // CHANNELS),)](
         x, weight, *_or(x, bias, state, *_sequences(tokens, cu_seqlens)), y, tokens, length,
         _stride(x), D=channels, W=weight.shape[1], BD=CHANNELS, AT_ONCE=AT_ONCE,
@@ -68,14 +68,14 @@ def convolve_backward(
     own, bounds = _or(x, *_sequences(tokens, cu_seqlens))
     shared = {"D": channels, "W": taps, "BD": CHANNELS, "PACKED": cu_seqlens is not None}
     blocks = -(-channels // CHANNELS)
-    pieces, length = _pieces(batch, tokens, channels)
+    pieces, length = _pieces(batch, tokens, channels, BACK_LENGTH)
     with_state = with_state and state is not None
     dx = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     dz = torch.empty(x.shape, device=x.device, dtype=dy.dtype) if with_state and silu else dy
     parts = torch.empty(pieces, taps + 1, channels, device=x.device, dtype=torch.float32)
     backward[(pieces * blocks,)](
         dy, x, weight, *_or(x, bias, state), own, bounds, dx, dz, parts, tokens, length,
-        _stride(dy), _stride(x), AT_ONCE=BACK_AT_ONCE, BIAS=bias is not None,
+        _stride(dy), _stride(x), AT_ONCE=AT_ONCE, BIAS=bias is not None,
         STATE=state is not None, SILU=silu, KEEP=dz is not dy, num_warps=WARPS, **shared,
     )  # fmt: skip
     dstate = x.new_empty(0)
@@ -157,13 +157,11 @@ def _launch_one_token(
     return y
 
 
-def _pieces(batch: int, tokens: int, channels: int) -> tuple[int, int]:
+def _pieces(batch: int, tokens: int, channels: int, length: int) -> tuple[int, int]:
     """How many pieces the rows are cut into, and the tokens of each."""
-    for length in LENGTHS:
-        pieces = batch * -(-tokens // length)
-        if pieces * -(-channels // CHANNELS) >= ENOUGH:
-            break
-    return pieces, length
+    if batch * -(-tokens // length) * -(-channels // CHANNELS) < ENOUGH:
+        length = LEAST
+    return batch * -(-tokens // length), length
 
 
 def _laid_out(x: Tensor, *others: Tensor | None) -> tuple:
