@@ -2,9 +2,11 @@
 
     PYTHONPATH=src python benchmarks/gpu.py --out gpu.json
     PYTHONPATH=src python benchmarks/gpu.py --crossing --out crossing.json
+    PYTHONPATH=src python benchmarks/gpu.py --first-calls 3 --out first.json
 
 `--crossing` times ours against causal softmax attention (torch's SDPA) instead, 32,768 tokens in
-sequences of 1k to 128k, to find the length from which a linear row is the faster.
+sequences of 1k to 128k, to find the length from which a linear row is the faster. `--first-calls`
+times the first forward and backward pass of new processes that find nothing compiled.
 
 Milliseconds of forward and of forward + backward, medians: of eager calls, and of a captured
 graph's replays, which hold no launch from Python. Beside them the memory floor (each input read
@@ -19,6 +21,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -198,9 +204,14 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", type=int, default=range(len(SHAPES)))
     parser.add_argument("--peers", nargs="*", default=["fla"], choices=["fla", "mamba_ssm"])
     parser.add_argument("--crossing", action="store_true")
+    parser.add_argument("--first-calls", type=int, default=0, metavar="N")
+    parser.add_argument("--first-call-of", choices=GATES, help=argparse.SUPPRESS)
     parser.add_argument("--lift-refusal", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     args = parser.parse_args()
+    if args.first_call_of:
+        print(first_call(args.first_call_of))
+        return
     shorten_autotuning()
     if args.lift_refusal:
         lift_refusal()
@@ -219,7 +230,11 @@ def main() -> None:
         "copy_TB_per_s": rate / 1e12,
         "rows": [],
     }
-    for row in crossing() if args.crossing else against_peers(args, rate):
+    if args.first_calls:
+        rows = cold_first_calls(args)
+    else:
+        rows = crossing() if args.crossing else against_peers(args, rate)
+    for row in rows:
         report["rows"].append(row)
         args.out.write_text(json.dumps(report, indent=1))
         torch.cuda.empty_cache()
@@ -249,6 +264,31 @@ def crossing() -> Iterator[dict]:
             {n: r if isinstance(r, int) else r.get("both_ms") for n, r in row.items()}, flush=True
         )
         yield row
+
+
+def first_call(gate: str) -> float:
+    """Seconds of this process's first forward and backward pass, as a training step runs them."""
+    tensors, log_decay = inputs(SHAPES["B8 T4096 H16 K128 V128"], gate)
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    ours(*tensors, log_decay).float().sum().backward()
+    torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def cold_first_calls(args: argparse.Namespace) -> Iterator[dict]:
+    for gate in args.gates:
+        seconds = []
+        for _ in range(args.first_calls):
+            with tempfile.TemporaryDirectory() as cache:
+                done = subprocess.run(
+                    [sys.executable, __file__, "--first-call-of", gate],
+                    env={**os.environ, "TRITON_CACHE_DIR": cache},
+                    capture_output=True, text=True, check=True,
+                )  # fmt: skip
+            seconds.append(float(done.stdout.split()[-1]))
+        print(gate, seconds, flush=True)
+        yield {"gate": gate, "first_call_s": seconds}
 
 
 def measured(name: str, run: Callable | None, tensors: list, gate: Tensor | None) -> dict:

@@ -222,6 +222,44 @@ def gpu_layers() -> str:
     return "\n".join(lines)
 
 
+def gpu_scan() -> str:
+    """The scan on an H100; fla where it was measured, on an H200, which is no slower."""
+    report = json.loads((DOCS / "results" / "gpu-h100.json").read_text("utf-8"))
+    names = {"none": "none", "fixed": "fixed", "head": "per head", "key": "per key channel"}
+    lines = [
+        "| shape | decay | forward, ms (of floor) | both, ms (of floor) | both, MiB "
+        "| fla on an H200 | at least |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        ours = row["ours"]
+        times = [ours.get(f"{x}_graph_ms") or ours[f"{x}_kernels_ms"] for x in ("forward", "both")]
+        cells = [
+            row["shape"],
+            names[row["gate"]],
+            *(f"{ms:.3f} ({floor / ms:.0%})" for ms, floor in zip(times, row["floor_ms"])),
+            f"{ours['peak_MiB']:.0f}" if "peak_MiB" in ours else "",
+        ]
+        theirs = report["fla_on_h200"].get(row["shape"], {}).get(row["gate"], ())
+        cells.append(", ".join(f"{ms:.3f}" for ms in theirs))
+        cells.append(", ".join(f"{other / ms:.2f}x" for ms, other in zip(times, theirs)))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def gpu_crossing() -> str:
+    """Forward and forward + backward against causal softmax attention, by length."""
+    report = json.loads((DOCS / "results" / "gpu-h100.json").read_text("utf-8"))
+    ways = {"none": "no decay", "head": "per head", "key": "per key channel", "sdpa": "attention"}
+    lines = ["| tokens a sequence | " + " | ".join(ways.values()) + " |", "|---|" + "---|" * 4]
+    for row in report["crossing"]:
+        cells = [
+            f"{row[way]['forward_graph_ms']:.2f}, {row[way]['both_graph_ms']:.2f}" for way in ways
+        ]
+        lines.append(f"| {row['tokens']:,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def gpu_training() -> str:
     rows = json.loads((DOCS / "results" / "models-train-h200.json").read_text("utf-8"))["rows"]
     lines = [
@@ -268,6 +306,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks": task_rows,
     "evidence": evidence,
     "scaling": scaling,
+    "gpu_scan": gpu_scan,
+    "gpu_crossing": gpu_crossing,
     "gpu_layers": gpu_layers,
     "gpu_training": gpu_training,
     "gpu_models": gpu_models,
