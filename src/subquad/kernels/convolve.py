@@ -185,7 +185,7 @@ def backward(
 ):  # fmt: skip
     """dx, and each program's share of the weight's and bias's gradients; dz too, if KEEP.
 
-    parts [pieces of all rows, W + 1, D]: the taps by how far they reach back, then the bias.
+    parts [pieces of all rows, W + 1, D]: the taps in the weight's order, then the bias.
     """
     d, piece, row, begin, end = place(tokens, length, D, BD)
     x += row * tokens * x_row
@@ -229,8 +229,10 @@ def backward(
         store_dx(dx, sums, t0 + i, begin, tokens, d, D, W)
         past = move_on(now, past, W)
         pending = sums[: W - 1]
-    for s in tl.static_range(W + 1):
-        tl.store(parts + (piece.to(tl.int64) * (W + 1) + s) * D + d, grown[s], mask=d < D)
+    parts += piece.to(tl.int64) * ((W + 1) * D) + d
+    for s in tl.static_range(W):
+        tl.store(parts + (W - 1 - s) * D, grown[s], mask=d < D)
+    tl.store(parts + W * D, grown[W], mask=d < D)
 
 
 @triton.jit(do_not_specialize=["tokens"])

@@ -84,8 +84,8 @@ def convolve_backward(
         backward_state[(state.shape[0] * blocks,)](
             dz, weight, bounds, dstate, tokens, _stride(dz), **shared
         )
-    sums = parts.sum(0)  # [taps by how far they reach back, then the bias; channels]
-    dweight = sums[:taps].flip(0).t().to(weight.dtype).contiguous()
+    sums = parts.sum(0)  # [taps, then the bias; channels]
+    dweight = torch.empty_like(weight).copy_(sums[:taps].t())
     return dx, dweight, sums[taps].to(weight.dtype if bias is None else bias.dtype), dstate
 
 
