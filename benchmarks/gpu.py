@@ -281,12 +281,9 @@ def cold_first_calls(args: argparse.Namespace) -> Iterator[dict]:
         seconds = []
         for _ in range(args.first_calls):
             with tempfile.TemporaryDirectory() as cache:
-                done = subprocess.run(
-                    [sys.executable, __file__, "--first-call-of", gate],
-                    env={**os.environ, "TRITON_CACHE_DIR": cache},
-                    capture_output=True, text=True, check=True,
-                )  # fmt: skip
-            seconds.append(float(done.stdout.split()[-1]))
+                child = [sys.executable, __file__, "--first-call-of", gate]
+                fresh = {**os.environ, "TRITON_CACHE_DIR": cache}
+                seconds.append(float(subprocess.check_output(child, env=fresh).split()[-1]))
         print(gate, seconds, flush=True)
         yield {"gate": gate, "first_call_s": seconds}
 
