@@ -333,12 +333,12 @@ def test_compiled_decoding(decay, erase, bonus, hard):
 
 @pytest.mark.parametrize("chunk", [1, 2, 16, 32, 128, 256])
 def test_any_chunk_size(chunk, monkeypatch):
-    from subquad.recurrence import api
+    from subquad.recurrence import plan
 
     for erase, decay in itertools.product(ERASES, ("none", "BTH", "BTHK")):
         arguments = make(decay, erase, T=100)
         want = run(arguments, torch.float64, impl="reference")
-        monkeypatch.setattr(api, "CHUNK", chunk)
+        monkeypatch.setattr(plan, "CHUNK", chunk)
         got = run(arguments, torch.float64, form="chunked")
         assert_equal(got, want, 1e-10, f"chunk {chunk} {decay} {erase}")
 

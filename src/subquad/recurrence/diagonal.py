@@ -296,10 +296,11 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _gradients(ctx, dy, dlast, _):  # type: ignore[no-untyped-def]
     *inputs, cu_seqlens, checkpoints = ctx.saved_tensors
     if will_be_differentiated():
-        found = recorded_gradients(
-            lambda *given: _reference(*given, cu_seqlens), inputs, (dy, dlast)
-        )
-        return *found, None, None, None
+
+        def form(x, dt, A, B, C, D, state):  # type: ignore[no-untyped-def]
+            return _reference(x, dt, A, B, C, D, state, cu_seqlens)
+
+        return *recorded_gradients(form, inputs, (dy, dlast)), None, None, None
     found = _scan_backward_op(dy, dlast, *inputs, cu_seqlens, checkpoints, ctx.impl)
     return *found, None, None, None
 
