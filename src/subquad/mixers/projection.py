@@ -2,7 +2,7 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as modules
 
 from subquad.recurrence.linear import linear
 
@@ -16,7 +16,7 @@ def project(module: nn.Module, x: Tensor) -> Tensor:
         or type(module) is not nn.Linear
         or nn.Linear.forward is not _FORWARD
         or is_watched(module)
-        or _has_any_global_hook()
+        or is_every_module_watched()
     ):
         y: Tensor = module(x)
         return y
@@ -31,4 +31,14 @@ def is_watched(module: nn.Module) -> bool:
         or own["_forward_pre_hooks"]
         or "forward" in own
         or "_compiled_call_impl" in own  # module.compile()
+    )
+
+
+def is_every_module_watched() -> bool:
+    """By hooks on all modules, as `torch.nn.modules.module.register_module_forward_hook` sets."""
+    return bool(
+        modules._global_forward_hooks
+        or modules._global_forward_pre_hooks
+        or modules._global_backward_hooks
+        or modules._global_backward_pre_hooks
     )

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from subquad.mixers.base import Mixer, State
 from subquad.mixers.convolution import ShortConvolution
 from subquad.mixers.norms import GateThenNorm, NormThenGate, RMSNorm
-from subquad.mixers.projection import is_watched
+from subquad.mixers.projection import is_every_module_watched, is_watched
 from subquad.models.block import Block, SwiGLU, normed
 from subquad.models.look import Look, is_value
 from subquad.recurrence.eager import can_call_compiled_code
@@ -51,7 +50,7 @@ class Decoder:
         if torch.is_autocast_enabled("cpu") or not can_call_compiled_code((x,)):
             return None
         known = [state for state in past if state is not None]
-        if len(known) < len(blocks) or _has_any_global_hook():
+        if len(known) < len(blocks) or is_every_module_watched():
             return None
         if not self._lock.acquire(blocking=False):
             return None
