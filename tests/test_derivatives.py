@@ -1,6 +1,5 @@
 """Derivatives of derivatives: compiled operators give way to forms that PyTorch can follow."""
 
-import itertools
 from collections.abc import Callable
 
 import pytest
@@ -32,14 +31,8 @@ def check(compiled, exact, inputs: list[Tensor]) -> None:
         assert (a - b).norm() <= 1e-5 * b.norm()
 
 
-@pytest.mark.parametrize(
-    ("gates", "erase"),
-    [
-        *itertools.product(((), (H,), (1, T, H)), (False, True)),
-        ((H, K), False),
-        ((1, T, H, K), False),
-    ],
-)
+@pytest.mark.parametrize("erase", [False, True], ids=["no erase", "delta"])
+@pytest.mark.parametrize("gates", [(), (H,), (H, K), (1, T, H), (1, T, H, K)], ids=str)
 @pytest.mark.parametrize("cu_seqlens", [None, PACKED], ids=["rows", "packed"])
 def test_of_the_matrix_recurrence(erase, gates, cu_seqlens):
     torch.manual_seed(0)

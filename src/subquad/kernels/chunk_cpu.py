@@ -109,10 +109,9 @@ def multiply(x, y, out):
 def solve(values, seen, start, overlap, weights, beta, lower):
     """values [m,V], v_t, become X: what the delta rule writes, before beta. `lower` is scratch.
 
-    seen [m,V] = K S; overlap [m,m] = K K^T. Forward substitution, ROWS rows at a time.
+    seen [m,V] = K S; overlap [m,m] = K K^T.
     """
-    m = values.shape[0]
-    for t in range(m):
+    for t in range(values.shape[0]):
         row, held, factor = values[t], seen[t], start[t]
         for j in range(row.size):
             row[j] -= factor * held[j]
@@ -120,7 +119,13 @@ def solve(values, seen, start, overlap, weights, beta, lower):
         for s in range(t):
             out[s] = -source[s] * weight[s] * beta[s]
         out[t:] = ZERO
-    for i in range(0, m, ROWS):
+    substitute(values, lower)
+
+
+@jit
+def substitute(values, lower):
+    """values [m,V] become the X of (I - lower) X = values, ROWS rows at a time."""
+    for i in range(0, values.shape[0], ROWS):
         if i > 0:
             add_product(lower[i : i + ROWS, :i], values[:i], values[i : i + ROWS], WHOLE)
         for t in range(i + 1, i + ROWS):

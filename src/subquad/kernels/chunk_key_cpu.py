@@ -4,7 +4,11 @@ Blocks of BLOCK tokens, and the state S is known at each one's start. With a_t =
 number a channel, P_t = a_0 ... a_t from the block's start and E_s = a_{s+1} ... from s to its end:
 
     A_ts = sum over the channels of q_t k_s a_{s+1} ... a_t
-    O = tril(A) V + (Q . P) S        S <- e^{sum of g} . S + (K . E)^T V
+    O = tril(A) Y + (Q . P) S        S <- e^{sum of g} . S + (K . E)^T Y
+
+where Y = V without erase. The delta rule, with B like A but of keys with keys, writes Y = beta X:
+
+    (I + strict(B) diag(beta)) X = V - (K . P) S
 
 This is exact for any gates: products of numbers in [0, 1] neither overflow nor cancel, and those of
 one block are few. Only the state goes through all blocks, so what it keeps of a block is the
@@ -24,8 +28,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from subquad.kernels.chunk_cpu import multiply
-from subquad.kernels.chunked_inputs_cpu import CHUNK, ONE, ZERO, load, memory
+from subquad.kernels.chunk_cpu import load_column, multiply, multiply_rows, substitute
+from subquad.kernels.chunked_inputs_cpu import CHUNK, ONE, ZERO, enter, load, memory
 from subquad.kernels.cpu import exp, jit
 from subquad.kernels.pairs_cpu import BLOCK, pair_scores
 from subquad.kernels.product_cpu import LOWER, WHOLE, add_product, block, padded
@@ -34,7 +38,7 @@ from subquad.kernels.vectors_cpu import transpose
 
 @jit
 def part(matrix, begin):
-    """The rows of one block of a chunk's matrix."""
+    """The rows, or numbers, of one block of a chunk's."""
     return matrix[begin : begin + BLOCK]
 
 
@@ -57,7 +61,11 @@ class Block(NamedTuple):
     end: np.ndarray  # [c,K], E
     kept: np.ndarray  # [1,K], of the state
     scores: np.ndarray  # [c,c], the lower triangle of A
-    values: np.ndarray  # [c,V]
+    values: np.ndarray  # [c,V], Y
+    beta: np.ndarray  # [c], only for the delta rule, as are
+    overlap: np.ndarray  # [c,c], the lower triangle of B
+    lower: np.ndarray  # [c,c], minus what is below the diagonal of the system that was solved
+    solved: np.ndarray  # [c,V], X
 
 
 @jit
@@ -65,9 +73,19 @@ def room(blocks, K, V):
     """Memory for so many blocks."""
     m = blocks * BLOCK
     highs, kept = memory(3, m, K), np.empty((blocks, K), np.float32)
-    scores, values = block(memory(1, m, BLOCK)[0], m, BLOCK), block(memory(1, m, V)[0], m, V)
-    decay, start, end = block(highs[0], m, K), block(highs[1], m, K), block(highs[2], m, K)
-    return Block(decay, start, end, kept, scores, values)
+    squares, broads = memory(3, m, BLOCK), memory(2, m, V)
+    return Block(
+        block(highs[0], m, K),
+        block(highs[1], m, K),
+        block(highs[2], m, K),
+        kept,
+        block(squares[0], m, BLOCK),
+        block(broads[0], m, V),
+        np.zeros(m, np.float32),
+        block(squares[1], m, BLOCK),
+        block(squares[2], m, BLOCK),
+        block(broads[1], m, V),
+    )
 
 
 @jit
@@ -81,6 +99,10 @@ def one_block(blocks, begin):
         blocks.kept[n : n + 1],
         part(blocks.scores, begin),
         part(blocks.values, begin),
+        part(blocks.beta, begin),
+        part(blocks.overlap, begin),
+        part(blocks.lower, begin),
+        part(blocks.solved, begin),
     )
 
 
@@ -111,7 +133,8 @@ def accumulate(decay, start, end, kept):
             row[j] = exp(row[j])
     for j in range(kept.size):
         kept[j] = exp(kept[j])
-    start[0], end[last] = decay[0], ONE
+    for j in range(kept.size):
+        start[0, j], end[last, j] = decay[0, j], ONE
     for t in range(1, last + 1):
         before, factor, row = start[t - 1], decay[t], start[t]
         for j in range(row.size):
@@ -123,19 +146,39 @@ def accumulate(decay, start, end, kept):
 
 
 @jit
-def read_block(x, first, count, h, own):
-    """Fill a block's gates and values: `count` tokens from `first` on, of head h."""
+def read_block(x, chunk, b, h, S, own, moved, turned):
+    """Fill `own`: what head h makes, after a state S, of the block from the chunk's token b on.
+
+    moved [c,K] and turned [K,c] are scratch.
+    """
+    first, count = chunk.first + b, min(BLOCK, chunk.count - b)
+    queries, keys = chunk.turned_queries[:, b : b + BLOCK], chunk.turned_keys[:, b : b + BLOCK]
     load(x.gates, x.gates_stride, first, h * x.K, (count, x.K), ONE, own.decay)
-    accumulate(own.decay, own.start, own.end, own.kept[0])
     load(x.v, x.v_stride, first, h * x.V, (count, x.V), ONE, own.values)
+    accumulate(own.decay, own.start, own.end, own.kept[0])
+    transpose(own.decay, turned)
+    pair_scores(queries, keys, turned, own.scores)
+    if x.beta.size > 0:
+        load_column(x.beta, first, count, h, own.beta)
+        pair_scores(keys, keys, turned, own.overlap)
+        solve(part(chunk.keys, b), own, S, moved)
 
 
 @jit
-def read_scores(chunk, b, own, turned):
-    """own.scores of the block that begins with the chunk's token b. `turned` [K,c] is scratch."""
-    transpose(own.decay, turned)
-    end = b + BLOCK
-    pair_scores(chunk.turned_queries[:, b:end], chunk.turned_keys[:, b:end], turned, own.scores)
+def solve(keys, own, S, moved):
+    """own.values, V, become what the delta rule writes. `moved` [c,K] is scratch."""
+    for t in range(BLOCK):
+        row, source = own.lower[t], own.overlap[t]
+        for s in range(t):
+            row[s] = -source[s] * own.beta[s]
+        row[t:] = ZERO
+        key, factor, out = keys[t], own.start[t], moved[t]
+        for j in range(out.size):
+            out[j] = -key[j] * factor[j]
+    enter(own.values, own.solved)
+    add_product(moved, S, own.solved, WHOLE)
+    substitute(own.solved, own.lower)
+    multiply_rows(own.solved, own.beta, own.values)
 
 
 @jit

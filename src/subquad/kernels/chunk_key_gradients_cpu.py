@@ -1,11 +1,13 @@
 """Gradients of one block, `chunk_key_cpu.py`, for one head: from those of its output and its end.
 
-With dS the gradient of the state at the block's end, and dA = tril(dO V^T):
+With dS the gradient of the state at the block's end, and dA = tril(dO Y^T):
 
-    dV = A^T dO + (K . E) dS        dQ += P . (dO S^T)        dK += E . (V dS^T)
+    dY = A^T dO + (K . E) dS        dQ += P . (dO S^T)        dK += E . (Y dS^T)
     dS <- e^{sum of g} . dS + (Q . P)^T dO
+    delta rule: dX = beta . dY,  dV = dR = L^{-T} dX,  dL = -strict(dR X^T)
+                dK -= P . (dR S^T),  dS -= (K . P)^T dR          (else dV = dY)
 
-and what dA gives Q, K and g pair by pair, see `pairs_cpu.py`.
+and what dA and dL gives Q, K and g pair by pair: see `pairs_cpu.py`.
 
 The gradient of a log decay g_j is the sum over everything that crosses token j: pairs s < j <= t,
 reads of the block's start by t >= j, writes to its end by s < j, and the state itself. As in the
@@ -19,10 +21,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from subquad.kernels.chunk_cpu import multiply
+from subquad.kernels.chunk_cpu import multiply, multiply_rows
+from subquad.kernels.chunk_gradients_cpu import solve_transposed
 from subquad.kernels.chunk_key_cpu import keep
 from subquad.kernels.chunked_inputs_cpu import ZERO
 from subquad.kernels.cpu import jit
+from subquad.kernels.pairs_cpu import pair_gradients
 from subquad.kernels.product_cpu import UPPER, WHOLE, add_product
 from subquad.kernels.vectors_cpu import transpose
 
@@ -56,7 +60,7 @@ def through_state(state, turned, factors, x, dx, crossing, side, rows):
 
 @jit
 def to_values(keys, own, dS, dout, moved, dvalues):
-    """dV [c,V]. `moved` [c,K] is scratch."""
+    """dY [c,V]. `moved` [c,K] is scratch."""
     dvalues[:] = ZERO
     multiply(keys, own.end, moved)
     add_product(moved, dS, dvalues, WHOLE)
@@ -74,6 +78,37 @@ def to_start(queries, own, S, dS, dout, moved, crossing):
     keep(own, dS)
     multiply(queries, own.start, moved)
     add_product(moved.T, dout, dS, WHOLE)
+
+
+@jit
+def through_solution(keys, own, S, dS, dvalues, dkeys, crossing, dbeta, scratch):
+    """The delta rule: dY in `dvalues` becomes dV, by way of dX = beta dY and dR = L^{-T} dX."""
+    square, seen, turned, side, moved, lanes = scratch
+    for s in range(dbeta.size):
+        gradient, solved, total = dvalues[s], own.solved[s], ZERO
+        for j in range(gradient.size):
+            total += gradient[j] * solved[j]
+        dbeta[s] = total
+    multiply_rows(dvalues, own.beta, dvalues)
+    solve_transposed(dvalues, own.lower)
+    transpose(own.solved, turned)
+    square[:] = ZERO
+    add_product(dvalues, turned, square, WHOLE)  # -dL
+    for t in range(dbeta.size):
+        row, pair = square[t], own.overlap[t]
+        for s in range(t):
+            dbeta[s] -= row[s] * pair[s]
+            row[s] *= -own.beta[s]
+        row[t:] = ZERO
+    pair_gradients(square, keys, keys, own.decay, dkeys, dkeys, crossing.pairs, lanes)
+    for t in range(dvalues.shape[0]):  # R = V - (K . P) S
+        row, out = dvalues[t], seen[t]
+        for j in range(row.size):
+            out[j] = -row[j]
+    transpose(seen, turned)
+    through_state(S, turned, own.start, keys, dkeys, crossing.reads, side, moved)
+    multiply(keys, own.start, moved)
+    add_product(moved.T, seen, dS, WHOLE)
 
 
 @jit

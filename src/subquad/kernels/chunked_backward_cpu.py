@@ -28,10 +28,12 @@ from subquad.kernels.chunked_inputs_cpu import (
     ONE,
     ZERO,
     enter,
+    leave,
     load,
     memory,
     over_units,
     prepare,
+    store,
     unit_heads,
 )
 from subquad.kernels.cpu import SLICE, array, jit, rows
@@ -86,8 +88,7 @@ def _backward(x, starts, do, do_stride, dfinal, dq, dk, dv, dg, dbetas, dinitial
                     through_solution(chunk, head, values, S, dS, dvalues, *sums, turned, column)
                     for t in range(count):
                         dbetas[first + t, h] = column[t]
-                for t in range(count):
-                    dv[first + t, h * x.V : (h + 1) * x.V] = dvalues[t, : x.V]
+                store(dvalues, count, first, h * x.V, x.V, ONE, dv)
                 if x.log_decay.size > 0:
                     decay_gradient(crossing.pairs, crossing.reads, crossing.writes, kept, column)
                     for t in range(count):
@@ -97,7 +98,7 @@ def _backward(x, starts, do, do_stride, dfinal, dq, dk, dv, dg, dbetas, dinitial
             store_transposed(shared.queries, key, first, count, begins, x.K, x.scale, dq[part])
             store_transposed(shared.keys, key, first, count, begins, x.K, ONE, dk[part])
         for h in range(h0, h1):
-            dinitial[row, h] = block(states[h - h0], K, V)[: x.K, : x.V]
+            leave(block(states[h - h0], K, V), dinitial[row, h])
 
 
 def backward(

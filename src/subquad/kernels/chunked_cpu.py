@@ -14,10 +14,13 @@ from subquad.kernels import chunked_key_cpu
 from subquad.kernels.chunk_cpu import multiply_rows, read_chunk, read_head, read_out
 from subquad.kernels.chunked_inputs_cpu import (
     CHUNK,
+    ONE,
     enter,
+    leave,
     memory,
     over_units,
     prepare,
+    store,
     unit_heads,
 )
 from subquad.kernels.cpu import SLICE, array, jit
@@ -44,16 +47,15 @@ def _forward(x, initial, o, final, starts, begin, stop):
             for h in range(h0, h1):
                 S = block(states[h - h0], K, V)
                 if starts.size > 0:
-                    starts[n, h] = S[: x.K, : x.V]
+                    leave(S, starts[n, h])
                 head = read_head(x, chunk, h, S, squares, broads, columns)
                 read_out(chunk, head, S, scores, out)
-                for t in range(chunk.count):
-                    o[chunk.first + t, h * x.V : (h + 1) * x.V] = out[t, : x.V]
+                store(out, chunk.count, chunk.first, h * x.V, x.V, ONE, o)
                 multiply_rows(head.written, head.weights[m - 1], head.written)
                 S *= head.start[m - 1]
                 add_product(chunk.keys, head.written, S, WHOLE)
         for h in range(h0, h1):
-            final[row, h] = block(states[h - h0], K, V)[: x.K, : x.V]
+            leave(block(states[h - h0], K, V), final[row, h])
 
 
 def forward(

@@ -118,16 +118,36 @@ def load(flat, stride, first, column, size, factor, out):
 
 
 @jit
+def store(x, count, first, column, width, factor, out):
+    """out[first:first+count, column:column+width] = factor * x."""
+    for t in range(count):
+        source, row = x[t], out[first + t]
+        for j in range(width):
+            row[column + j] = factor * source[j]
+
+
+@jit
 def enter(state, padded_state):
     """Copy a state [K,V] into the corner of a padded one, zeros around it.
 
     The rest is written too: a NaN of the sequence before has spread into it, 0 * NaN being NaN.
+    Number by number: to copy slices numba compiles what it would say if they did not fit.
     """
     K, V = state.shape
+    padded_state[:] = ZERO
     for i in range(K):
-        padded_state[i, :V] = state[i]
-        padded_state[i, V:] = ZERO
-    padded_state[K:] = ZERO
+        source, row = state[i], padded_state[i]
+        for j in range(V):
+            row[j] = source[j]
+
+
+@jit
+def leave(padded_state, state):
+    """Copy a state [K,V] out of the corner of a padded one."""
+    for i in range(state.shape[0]):
+        source, row = padded_state[i], state[i]
+        for j in range(row.size):
+            row[j] = source[j]
 
 
 @jit

@@ -15,18 +15,28 @@ from subquad.kernels.chunk_key_cpu import (
     part,
     pass_on,
     read_block,
-    read_scores,
     read_tokens,
     room,
 )
 from subquad.kernels.chunk_key_gradients_cpu import (
     Crossing,
     decay_gradient,
+    through_solution,
     through_state,
     to_start,
     to_values,
 )
-from subquad.kernels.chunked_inputs_cpu import CHUNK, ONE, ZERO, enter, load, memory, unit_heads
+from subquad.kernels.chunked_inputs_cpu import (
+    CHUNK,
+    ONE,
+    ZERO,
+    enter,
+    leave,
+    load,
+    memory,
+    store,
+    unit_heads,
+)
 from subquad.kernels.cpu import SLICE, jit
 from subquad.kernels.pairs_cpu import BLOCK, pair_gradients
 from subquad.kernels.product_cpu import WHOLE, add_product, block, padded
@@ -34,32 +44,23 @@ from subquad.kernels.vectors_cpu import LANES, transpose
 
 
 @jit
-def store(x, count, first, column, width, factor, out):
-    """out[first:first+count, column:column+width] = factor * x."""
-    for t in range(count):
-        source, row = x[t], out[first + t]
-        for j in range(width):
-            row[column + j] = factor * source[j]
-
-
-@jit
 def read_again(x, chunk, h, blocks, states, turned, moved):
     """Fill a head's blocks of a chunk, and the states at their starts from the first of them."""
     for b in range(0, chunk.count, BLOCK):
         own = one_block(blocks, b)
-        read_block(x, chunk.first + b, min(BLOCK, chunk.count - b), h, own)
-        read_scores(chunk, b, own, turned)
+        n = b // BLOCK
+        read_block(x, chunk, b, h, states[n], own, moved, turned)
         if b + BLOCK < chunk.count:
-            n = b // BLOCK
-            states[n + 1] = states[n]
+            enter(states[n], states[n + 1])
             pass_on(part(chunk.keys, b), own, states[n + 1], moved)
 
 
 @jit
 def backward(x, starts, do, do_stride, dfinal, dq, dk, dv, dg, dbetas, dinitial, begin, stop):
-    """dq, dk [parts,M,Hk*K]; dv [M,H*V]; dg [M,H*K]; dinitial [R,H,K,V] from do and dfinal.
+    """dq, dk [parts,M,Hk*K]; dv [M,H*V]; dg [M,H*K]; dbetas [M,H]; dinitial [R,H,K,V] from do and
+    dfinal.
 
-    For units begin/SLICE to stop/SLICE. dbetas is empty.
+    For units begin/SLICE to stop/SLICE.
     """
     K, V = padded(x.K), padded(x.V)
     highs, rows, broads = memory(6, CHUNK, K), memory(5, BLOCK, K), memory(4, BLOCK, V)
@@ -76,6 +77,7 @@ def backward(x, starts, do, do_stride, dfinal, dq, dk, dv, dg, dbetas, dinitial,
     dout, turned_out = block(broads[0], BLOCK, V), block(broads[1], V, BLOCK)
     dvalues, turned_values = block(broads[2], BLOCK, V), block(broads[3], V, BLOCK)
     dscores, lanes = memory(1, BLOCK, BLOCK)[0].reshape((BLOCK, BLOCK)), memory(1, BLOCK, LANES)[0]
+    dbeta = np.empty(BLOCK, np.float32)
     for unit in range(begin // SLICE, stop // SLICE):
         row, key_head, share, h0, h1 = unit_heads(x, unit)
         for h in range(h0, h1):
@@ -110,6 +112,13 @@ def backward(x, starts, do, do_stride, dfinal, dq, dk, dv, dg, dbetas, dinitial,
                     )
                     to_values(keys, own, dS, dout, moved, dvalues)
                     to_start(queries, own, S, dS, dout, moved, crossing)
+                    if x.beta.size > 0:
+                        through_solution(
+                            keys, own, S, dS, dvalues, dkey, crossing, dbeta,
+                            (dscores, dout, turned_out, side, moved, lanes),
+                        )  # fmt: skip
+                        for t in range(count):
+                            dbetas[first + t, h] = dbeta[t]
                     decay_gradient(crossing)
                     store(dvalues, count, first, h * x.V, x.V, ONE, dv)
                     store(crossing.pairs, count, first, h * x.K, x.K, ONE, dg)
@@ -117,4 +126,4 @@ def backward(x, starts, do, do_stride, dfinal, dq, dk, dv, dg, dbetas, dinitial,
             store(dqueries, chunk.count, chunk.first, column, x.K, x.scale, dq[share])
             store(dkeys, chunk.count, chunk.first, column, x.K, ONE, dk[share])
         for h in range(h0, h1):
-            dinitial[row, h] = block(gradients[h - h0], K, V)[: x.K, : x.V]
+            leave(block(gradients[h - h0], K, V), dinitial[row, h])

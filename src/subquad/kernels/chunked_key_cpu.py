@@ -8,11 +8,10 @@ from subquad.kernels.chunk_key_cpu import (
     pass_on,
     read_block,
     read_out,
-    read_scores,
     read_tokens,
     room,
 )
-from subquad.kernels.chunked_inputs_cpu import CHUNK, enter, memory, unit_heads
+from subquad.kernels.chunked_inputs_cpu import CHUNK, ONE, enter, leave, memory, store, unit_heads
 from subquad.kernels.cpu import SLICE, jit
 from subquad.kernels.pairs_cpu import BLOCK
 from subquad.kernels.product_cpu import block, padded
@@ -39,14 +38,12 @@ def forward(x, initial, o, final, starts, begin, stop):
             for h in range(h0, h1):
                 S = block(states[h - h0], K, V)
                 if starts.size > 0:
-                    starts[n, h] = S[: x.K, : x.V]
+                    leave(S, starts[n, h])
                 for b in range(0, chunk.count, BLOCK):
-                    first, count = chunk.first + b, min(BLOCK, chunk.count - b)
-                    read_block(x, first, count, h, own)
-                    read_scores(chunk, b, own, turned)
+                    read_block(x, chunk, b, h, S, own, moved, turned)
                     read_out(part(chunk.queries, b), own, S, moved, out)
-                    for t in range(count):
-                        o[first + t, h * x.V : (h + 1) * x.V] = out[t, : x.V]
+                    count = min(BLOCK, chunk.count - b)
+                    store(out, count, chunk.first + b, h * x.V, x.V, ONE, o)
                     pass_on(part(chunk.keys, b), own, S, moved)
         for h in range(h0, h1):
-            final[row, h] = block(states[h - h0], K, V)[: x.K, : x.V]
+            leave(block(states[h - h0], K, V), final[row, h])

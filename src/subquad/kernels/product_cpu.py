@@ -71,16 +71,22 @@ _wide_tile, _narrow_tile = _tile(2), _tile(1)
 def add_product(a, b, c, triangle):
     """c [M,N] += a [M,L] @ b [L,N]. `triangle`: WHOLE, or which one of a square `a` is not zero."""
     (M, L), N = a.shape, b.shape[1]
-    a_row, a_column = a.strides[0] // 4, a.strides[1] // 4
-    b_row, c_row = b.strides[0] // 4, c.strides[0] // 4
+    _add_product(
+        a.ctypes.data, a.strides[0] // 4, a.strides[1] // 4, b.ctypes.data, b.strides[0] // 4,
+        c.ctypes.data, c.strides[0] // 4, M, L, N, triangle,
+    )  # fmt: skip
+
+
+@jit
+def _add_product(a, a_row, a_column, b, b_row, c, c_row, M, L, N, triangle):
+    """The same of addresses: compiled once, not for each way in which arrays may lie."""
     for j in range(0, N, COLS):
         wide = N - j >= COLS
         for i in range(0, M, ROWS):
             first = i if triangle == UPPER else 0
             length = (i + ROWS if triangle == LOWER else L) - first
-            left = a.ctypes.data + 4 * (i * a_row + first * a_column)
-            right = b.ctypes.data + 4 * (first * b_row + j)
-            out = c.ctypes.data + 4 * (i * c_row + j)
+            left = a + 4 * (i * a_row + first * a_column)
+            right, out = b + 4 * (first * b_row + j), c + 4 * (i * c_row + j)
             if wide:
                 _wide_tile(left, a_row, a_column, right, b_row, out, c_row, length)
             else:

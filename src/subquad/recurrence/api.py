@@ -59,8 +59,8 @@ def linear_recurrence(
         form: "recurrent" (token by token), "chunked", "parallel" (all pairs, quadratic; not for
             packed sequences) or "auto". All give the same result.
         impl: "reference" (the recurrent form in float64, the specification), "torch", "numba" (on
-            the CPU: chunks without an erase, or with a Delta and at most a decay a head; and one
-            token without gradients, for decoding), "triton" (on a GPU) or "auto".
+            the CPU: chunks, with a Delta too, but neither LowRank nor a bonus; and one token
+            without gradients, for decoding), "triton" (on a GPU) or "auto".
             One token without gradients has a GPU kernel of its own, also with `erase`.
 
     Returns:

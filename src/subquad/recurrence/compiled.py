@@ -28,8 +28,6 @@ def why_not(
         return f"compiled chunks run on the CPU, not on {q.device}"
     if v.dtype == torch.float64:
         return "compiled chunks compute in float32, not in float64"
-    if log_decay is not None and log_decay.ndim % 2 == 0 and erase is not None:
-        return "compiled chunks erase with decays a head, not with decays a key channel"
     if isinstance(erase, LowRank) or bonus is not None:
         return f"compiled chunks know no {'bonus' if bonus is not None else 'LowRank'}"
     if not can_call_operators():
