@@ -70,10 +70,9 @@ def test_a_wrong_shape_is_named(arguments, data):
         x = x[None, None]
     else:
         x = x.flatten()
-        if name == "log_decay" and tensors[name].ndim == 1:
-            return
-        if name == "log_decay" and x.shape == (arguments["v"].shape[2],):
-            return  # a decay [H] after all
+    (B, T, _, K), H = arguments["q"].shape, arguments["v"].shape[2]
+    if name == "log_decay" and x.shape in ((H,), (H, K), (B, T, H), (B, T, H, K)):
+        return  # a decay after all
     # Whoever is compared with whom, the complaint is about the one changed or one compared with it.
     partners = {"q": "q|k", "k": "k", "v": "v|log_decay", "log_decay": "log_decay"}
     complaint(rf"^({partners.get(name, name)}): ", **(arguments | {name: x}))

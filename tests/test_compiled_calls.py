@@ -24,7 +24,7 @@ def test_operator_is_sound(decay, erase, packed):
     kept = _most_chunks(q, call["cu_seqlens"])
     arguments = (q, k, v, g, beta, 0.5, state, call["cu_seqlens"], kept)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(_chunked, arguments, test_utils=tests)
+    torch.library.opcheck(_chunked.op, arguments, test_utils=tests)
 
     def gradients(f):
         o, final = f(q, k, v, g, call["erase"], state=state, cu_seqlens=call["cu_seqlens"])

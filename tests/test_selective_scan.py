@@ -177,7 +177,7 @@ def test_custom_op(impl, dtype, bounds):
     arguments = inputs(1, 40, sequences=2 if bounds else 1)
     tensors = [arguments[n].detach().to(dtype).requires_grad_() for n in NAMES]
     cu_seqlens = None if bounds is None else torch.tensor(bounds)
-    torch.library.opcheck(_scan_op, (*tensors, cu_seqlens, impl, True))
+    torch.library.opcheck(_scan_op.op, (*tensors, cu_seqlens, impl, True))
 
 
 @pytest.mark.parametrize("T", [1, 40])

@@ -115,7 +115,7 @@ def test_custom_op_and_compile():
     x, weight, bias, state = inputs(1, 30, 16, 4, torch.float32, sequences=2)
     bounds = torch.tensor([0, 9, 30])
     for args in [(x, weight, bias, state, bounds, True), (x, weight, None, state[:1], None, False)]:
-        torch.library.opcheck(_convolve_cpu, args)
+        torch.library.opcheck(_convolve_cpu.op, args)
     compiled = torch.compile(short_convolution, fullgraph=True)
     y, last = compiled(x, weight, bias, "silu", state, bounds)
     want, want_last = short_convolution(x, weight, bias, "silu", state, bounds)

@@ -1,9 +1,10 @@
-"""GPU work as PyTorch sees it: an operator for whoever looks at operations, else a plain call.
+"""Compiled work as PyTorch sees it: an operator for whoever looks at operations, else a plain call.
 
 A custom operator is what `torch.compile`, tracing and dispatch modes need to see. Its way through
 the dispatcher and the autograd that torch generates for it costs 10 to 60 microseconds of Python a
-call, more than small kernels run. So eager calls on plain tensors go straight to the function that
-launches, and where a gradient is recorded to an `autograd.Function` of the same two halves.
+call, more than small kernels run; the first one imports the compiler, a second's work. So eager
+calls on plain tensors go straight to the function that launches or computes, and where a gradient
+is recorded to an `autograd.Function` of the same two halves.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from subquad.kernels.operator import operator
 from subquad.recurrence import forms
 from subquad.recurrence.derivatives import recorded_gradients, will_be_differentiated
 from subquad.recurrence.eager import can_call_operators
@@ -66,7 +67,7 @@ def _most_chunks(q: Tensor, cu_seqlens: Tensor | None) -> int:
     return (T + sequences * (CHUNK - 1)) // CHUNK
 
 
-@torch.library.custom_op("subquad::chunked", mutates_args=(), device_types="cpu")
+@operator("subquad::chunked")
 def _chunked(
     q: Tensor,
     k: Tensor,
@@ -83,7 +84,7 @@ def _chunked(
     return chunked_cpu.forward(q, k, v, log_decay, beta, scale, state, cu_seqlens, kept)
 
 
-@torch.library.custom_op("subquad::chunked_backward", mutates_args=(), device_types="cpu")
+@operator("subquad::chunked_backward")
 def _chunked_backward(
     do: Tensor,
     dfinal: Tensor,
@@ -147,4 +148,4 @@ def _gradients(ctx, do, dfinal, _):  # type: ignore[no-untyped-def]
     return dq, dk, dv, dlog_decay, dbeta, None, dstate, None, None
 
 
-_chunked.register_autograd(_gradients, setup_context=_setup)
+_chunked.register_autograd(_gradients, _setup)

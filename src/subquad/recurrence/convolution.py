@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.kernels.operator import operator
 from subquad.recurrence.derivatives import recorded_gradients, will_be_differentiated
 from subquad.recurrence.eager import can_call_compiled_code
 from subquad.recurrence.gpu import can_call_kernels, may_overwrite, records_gradient
@@ -184,7 +185,7 @@ def _next_state(x: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.where(inside[:, :, None], new, old)
 
 
-@torch.library.custom_op("subquad::short_convolution", mutates_args=(), device_types="cpu")
+@operator("subquad::short_convolution")
 def _convolve_cpu(
     x: Tensor,
     weight: Tensor,
@@ -198,7 +199,7 @@ def _convolve_cpu(
     return short_convolution_cpu.forward(x, weight, bias, state, cu_seqlens, silu)
 
 
-@torch.library.custom_op("subquad::short_convolution_backward", mutates_args=(), device_types="cpu")
+@operator("subquad::short_convolution_backward")
 def _convolve_cpu_backward(
     dy: Tensor,
     x: Tensor,
@@ -242,4 +243,4 @@ def _gradients(ctx, dy):  # type: ignore[no-untyped-def]
     return dx, dweight, None if bias is None else dbias, dstate, None, None
 
 
-_convolve_cpu.register_autograd(_gradients, setup_context=_setup)
+_convolve_cpu.register_autograd(_gradients, _setup)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from subquad.kernels.gpu import triton_missing
+from subquad.kernels.operator import operator
 from subquad.recurrence import scan
 from subquad.recurrence.derivatives import recorded_gradients, will_be_differentiated
 from subquad.recurrence.eager import can_call_compiled_code
@@ -233,7 +234,7 @@ def _form_module(impl: str) -> ModuleType:
     return selective_scan_cpu
 
 
-@torch.library.custom_op("subquad::selective_scan", mutates_args=())
+@operator("subquad::selective_scan")
 def _scan_op(
     x: Tensor,
     dt: Tensor,
@@ -253,7 +254,7 @@ def _scan_op(
     return y, last_state, checkpoints
 
 
-@torch.library.custom_op("subquad::selective_scan_backward", mutates_args=())
+@operator("subquad::selective_scan_backward")
 def _scan_backward_op(
     dy: Tensor,
     dlast: Tensor,
@@ -305,4 +306,4 @@ def _gradients(ctx, dy, dlast, _):  # type: ignore[no-untyped-def]
     return *found, None, None, None
 
 
-_scan_op.register_autograd(_gradients, setup_context=_setup)
+_scan_op.register_autograd(_gradients, _setup)
