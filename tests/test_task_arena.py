@@ -196,13 +196,48 @@ def test_training_stops_at_the_first_solved_test_unless_told_not_to():
 
 def test_a_loss_that_is_no_number_is_an_error_in_training_and_a_result_in_the_arena(monkeypatch):
     monkeypatch.setattr(TaskModel, "loss", lambda self, *given: self.head.weight.sum() * math.nan)
-    with pytest.raises(TrainingError, match=r"step 8: the loss is nan"):
+    with pytest.raises(TrainingError, match=r"step 4: the loss is nan"):  # before the first test
         train_task(tasks.get("copying"), config_for())
     results = run_task_arena(TaskArenaConfig(**SMALL | {"rows": ("gla",)}))
     (row,) = results.rows
     assert row.failure and row.value is None and row.solved is None
     assert html.escape(row.failure, quote=False) in render_task_html(results).replace("&#39;", "'")
     json.dumps(results.to_json(), allow_nan=False)
+
+
+def test_weights_that_are_no_numbers_are_not_tested(monkeypatch, tmp_path):
+    """A test between two looks at the loss would have written a value that JSON has not."""
+
+    def forget(self):  # all that it has learnt
+        with torch.no_grad():
+            self.head.weight.fill_(math.nan)
+        return self.head.weight.sum()
+
+    monkeypatch.setattr(TaskModel, "loss", lambda self, *given: forget(self))
+    given = {"task": "hippo", "rows": ("gla",), "parameters": 40_000, "steps": 12, "batch_size": 2}
+    config = TaskArenaConfig(**given, eval_every=1, test_sequences=8, device="cpu")
+    (row,) = run_task_arena(config, tmp_path / "arena").rows
+    assert row.values == [] and "step 1: the loss is nan" in row.failure
+
+
+def test_a_step_that_failed_leaves_no_gradient_to_the_next():
+    """As the capture of a step may, for want of memory: what it leaves was never computed."""
+    import subquad.train.task as module
+
+    task, config = tasks.get("copying"), config_for()
+    batch = task.sample(4)
+    norms = []
+    for fails in (False, True):
+        torch.manual_seed(0)
+        run = module._Run(task, config, torch.device("cpu"), module._Clock(None), list)
+        if fails:
+            step, run.optimizer.step = run.optimizer.step, lambda: 1 / 0
+            with pytest.raises(ZeroDivisionError):
+                run._update(batch.inputs, *batch.answers())
+            run.optimizer.step = step
+        run._update(batch.inputs, *batch.answers())
+        norms.append(run.sums[1].item())
+    assert norms[0] == norms[1] > 0
 
 
 def test_the_clock_ends_training_with_a_test_and_the_cosine_with_it(monkeypatch):

@@ -124,7 +124,7 @@ class _Run:
         self.model = TaskModel(task, **config.model_keywords).to(device).train()
         self.optimizer = make_optimizer(self.model, config)
         self.dtype = autocast_dtype(config, device)
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.lr = 0, 0.0, config.lr
         self.solved: int | None = None
         self.history: list[Record] = []
         # Of losses and gradient norms since the last look, and the step of that.
@@ -138,20 +138,18 @@ class _Run:
 
     def train_step(self, question: Question) -> None:
         began = time.perf_counter()
-        lr = self._learning_rate()
+        self.lr = self._learning_rate()
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr)
+                group["lr"].fill_(self.lr)
             else:
-                group["lr"] = lr
+                group["lr"] = self.lr
         self.update(*question)
         self.step += 1
-        steps = self.config.steps
-        look = self.step % min(_MOST, max(_LEAST, steps // _LOOKS)) == 0 or self.step == steps
-        values = self._look() if look else None
         self.seconds += time.perf_counter() - began
-        if values:
-            self._record("train", loss=values[0], grad_norm=values[1], lr=lr)
+        steps = self.config.steps
+        if self.step % min(_MOST, max(_LEAST, steps // _LOOKS)) == 0 or self.step == steps:
+            self._look()
 
     def _learning_rate(self) -> float:
         """Of the step; of the part of the time that is over, where that is less."""
@@ -161,18 +159,24 @@ class _Run:
 
     def _update(self, inputs: Tensor, where: Tensor, due: Tensor) -> None:
         """Everything of a step that runs on the device, which never has to be waited for."""
-        with self._autocast():
-            loss = self.model.loss(inputs, where, due)
-        torch.autograd.backward(loss)
-        limit = self.config.grad_clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.sums += torch.stack((loss.detach(), norm.detach()))
+        try:
+            with self._autocast():
+                loss = self.model.loss(inputs, where, due)
+            torch.autograd.backward(loss)
+            limit = self.config.grad_clip or math.inf
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+            self.optimizer.step()
+            self.sums += torch.stack((loss.detach(), norm.detach()))
+        finally:  # a capture that failed leaves gradients that nothing has computed
+            self.optimizer.zero_grad(set_to_none=True)
 
-    def _look(self) -> list[float]:
-        """Means of the losses and gradient norms since the last look."""
+    def _look(self) -> None:
+        """Record the means of the losses and gradient norms since the last look, if any."""
+        if self.step == self.looked:
+            return
+        began = time.perf_counter()
         loss, norm = (self.sums / (self.step - self.looked)).tolist()
+        self.seconds += time.perf_counter() - began  # a GPU had steps to catch up with
         self.sums.zero_()
         self.looked = self.step
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -180,9 +184,11 @@ class _Run:
                 f"step {self.step}: the loss is {loss} and the gradient's norm {norm}; "
                 f"a smaller lr than {self.config.lr} or a longer warmup may help"
             )
-        return [loss, norm]
+        self._record("train", loss=loss, grad_norm=norm, lr=self.lr)
 
     def test(self, sequences: int) -> None:
+        """After a look: weights that are no numbers have no value, and end the training."""
+        self._look()
         with self._autocast():
             found: Score = score(self.model, self.task, self.task.test_batches(sequences))
         self.model.train()
