@@ -94,6 +94,64 @@ def test_of_the_selective_scan(impl):
     )
 
 
+@pytest.mark.parametrize("needed", [[0], [0, 1], [2], [5]], ids=["q", "q, k", "v", "state"])
+def test_of_some_inputs_where_not_every_output_depends_on_them(needed):
+    """The final state does not depend on q; what the operator returns looks as if it did."""
+    torch.manual_seed(0)
+    k = torch.nn.functional.normalize(torch.randn(1, T, H, K), dim=-1)
+    given = [torch.randn(1, T, H, K), k, torch.randn(1, T, H, V), -torch.rand(1, T, H)]
+    given += [torch.rand(1, T, H), torch.randn(1, H, K, V)]
+
+    def run(form: str, dtype: torch.dtype):
+        def f(*some):
+            q, k, v, g, beta, state = (
+                some[needed.index(i)] if i in needed else x.to(dtype) for i, x in enumerate(given)
+            )
+            return linear_recurrence(q, k, v, g, Delta(beta), state=state, form=form)
+
+        return f
+
+    inputs = [given[i] for i in needed]
+    check(run("auto", torch.float32), run("recurrent", torch.float64), inputs)
+
+
+def test_of_a_skip_that_the_last_state_does_not_depend_on():
+    torch.manual_seed(0)
+    x, dt, A = torch.randn(B, T, 4), torch.rand(B, T, 4), -torch.rand(4, 3) - 0.1
+    inputs = [x, dt, A, torch.randn(B, T, 3), torch.randn(B, T, 3)]
+
+    def run(impl: str):
+        return lambda C: selective_scan(*(t.to(C.dtype) for t in inputs[:4]), C, impl=impl)
+
+    check(run("numba"), run("reference"), inputs[4:])
+
+
+def recurrence(x: Tensor) -> Tensor:
+    return linear_recurrence(x, x, x, -x.square(), Delta(x[..., 0].sigmoid()))[0]
+
+
+def scan(x: Tensor) -> Tensor:
+    A = -torch.arange(1.0, 4)[None].expand(K, 3)
+    x = x[:, :, 0]
+    return selective_scan(x, x.square(), A, x[..., :3], x[..., :3])[0]
+
+
+def convolution(x: Tensor) -> Tensor:
+    return short_convolution(x.flatten(-2), torch.ones(H * K, 4), activation="silu")[0]
+
+
+@pytest.mark.parametrize("engine", [recurrence, scan, convolution])
+def test_many_gradients_at_once_are_those_one_by_one(engine):
+    """As `torch.autograd.functional.jacobian(vectorize=True)` asks for them."""
+    torch.manual_seed(0)
+    x = torch.randn(1, T, H, K, requires_grad=True)
+    y = engine(x)
+    many = torch.randn(3, *y.shape)
+    (found,) = torch.autograd.grad(y, x, many, is_grads_batched=True, retain_graph=True)
+    due = [torch.autograd.grad(y, x, one, retain_graph=True)[0] for one in many]
+    torch.testing.assert_close(found, torch.stack(due))
+
+
 @pytest.mark.parametrize("row", ["gated_deltanet", "mamba", "mamba2"])
 def test_a_hessian_of_a_model_times_a_vector(row):
     """Compiled in float32, and in float64, which runs in plain PyTorch."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
@@ -42,7 +43,8 @@ class Operator:
         recorded = False
         for x in args:
             if isinstance(x, Tensor):
-                if type(x) not in _PLAIN:  # a fake or a wrapped one
+                # A fake or a wrapped one; or one of the gradients of `is_grads_batched`.
+                if type(x) not in _PLAIN or is_legacy_batchedtensor(x):
                     return self.op(*args)
                 recorded = recorded or x.requires_grad
         if recorded and torch.is_grad_enabled():

@@ -32,11 +32,13 @@ def recorded_gradients(
         gradients: with respect to each output; None for those that nothing depended on.
 
     Returns:
-        One for each input; None for what needs none.
+        One for each input; None for what needs none, or has no part in those outputs.
     """
     # A view each: a tensor that is given as two arguments has a gradient through either.
     own = [None if x is None else x.view_as(x) for x in inputs]
-    outputs = [pair for pair in zip(form(*own), gradients, strict=True) if pair[1] is not None]
+    pairs = zip(form(*own), gradients, strict=True)
+    # An operator's outputs all look recorded; of the form's, one may depend on no input that is.
+    outputs = [(y, dy) for y, dy in pairs if dy is not None and y.requires_grad]
     needed = [x for x in own if x is not None and x.requires_grad]
     found = iter(
         torch.autograd.grad(
