@@ -173,6 +173,7 @@ def convolved_token(
 def gated_norm(
     shape: tuple[int, ...] = (2, 9, 40), size: int = 20, weight: str | None = "shared",
     order: str | None = "norm first", heads: int = 0, dtype: torch.dtype | None = None,
+    eps: float = 1e-5,
 ) -> Work:  # fmt: skip
     """heads: how many of them have a skip (0: none); dtype: of the result, if not x's."""
     torch.manual_seed(0)
@@ -185,15 +186,15 @@ def gated_norm(
     }  # fmt: skip
 
     def ours(*given):
-        return (norm.norm(*given, size, order == "gate first", 1e-5, 0.7, dtype),)
+        return (norm.norm(*given, size, order == "gate first", eps, 0.7, dtype),)
 
     def torch_form(x, gate, weight, values, skip):
         result = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
         if values is not None:
             x = x + values * skip.to(x.dtype).repeat_interleave(shape[-1] // heads)
         if order == "gate first":
-            return (_plain(x * F.silu(gate), size, weight, 1e-5) * 0.7,)
-        y = _plain(x, size, None if weight is None else weight.to(x.dtype), 1e-5) * 0.7
+            return (_plain(x * F.silu(gate), size, weight, eps) * 0.7,)
+        y = _plain(x, size, None if weight is None else weight.to(x.dtype), eps) * 0.7
         return ((y if gate is None else y * F.silu(gate)).to(result),)
 
     keep = ("skip",) if dtype is None else ("skip", "x")

@@ -50,6 +50,7 @@ def cases() -> dict[str, tuple[str, dict]]:
     found["norm: wide"] = "gated_norm", {"shape": (3, 3000), "size": 3000, "order": "gate first"}
     found["norm: wider"] = "gated_norm", {"shape": (2, 5000), "size": 5000}
     found["norm: many rows"] = "gated_norm", {"shape": (70, 64), "size": 16}
+    found["norm: no eps"] = "gated_norm", {"eps": 0.0}
     found["steps"] = "steps", {}
     found["steps: no values"] = "steps", {"values": False, "T": 300}
     found["steps: tiny"] = "steps", {"lowest": -25.0}

@@ -37,7 +37,8 @@ def inputs(rows, T, D, N, bounds, device="cpu"):
     S = len(bounds) - 1 if bounds else rows
     shapes = [(rows, T, N), (rows, T, N), (D,), (S, D, N)]
     tensors = [torch.randn(rows, T, D), dt, A, *(torch.randn(shape) for shape in shapes)]
-    cu_seqlens = torch.tensor(bounds, device=device) if bounds else None
+    # Every other number, as a view: nobody promised that the bounds lie side by side.
+    cu_seqlens = torch.tensor(bounds, device=device).repeat_interleave(2)[::2] if bounds else None
     return [t.to(device) for t in tensors], cu_seqlens
 
 

@@ -104,7 +104,8 @@ def backward(
         h_TS = x_TS
         if ORDER == GATE_FIRST:
             h_TS = x_TS * gate_TS
-        root_T = reciprocal(h_TS, eps, S)
+        # Behind the last token all is 0, and with eps = 0 its root is infinite.
+        root_T = tl.where((t < tokens)[:, None], reciprocal(h_TS, eps, S), 0.0)
         n_TS = h_TS * root_T
         dgate_TS = dn_TS * n_TS  # of NORM_FIRST, all but the weight and the slope
         if ORDER == NORM_FIRST:

@@ -40,6 +40,7 @@ def forward(
     from .diagonal_scan import forward as kernel
 
     x, dt, A, B, C, D, state = (tensor.contiguous() for tensor in (x, dt, A, B, C, D, state))
+    bounds = None if cu_seqlens is None else cu_seqlens.contiguous()
     S = state.shape[0]
     K = checkpoint_shape(x, A, S)[0] if save else 0
     y, last = torch.empty_like(x), torch.empty_like(state)
@@ -47,8 +48,8 @@ def forward(
     sizes = _tiles(A)
     blocks = -(-sizes["D"] // sizes["BD"])
     kernel[(S * blocks,)](
-        x, dt, A, B, C, D, state, cu_seqlens, y, last, checkpoints, x.shape[1],
-        BLOCKS=blocks, PACKED=cu_seqlens is not None, SAVE=save, **sizes,
+        x, dt, A, B, C, D, state, bounds, y, last, checkpoints, x.shape[1],
+        BLOCKS=blocks, PACKED=bounds is not None, SAVE=save, **sizes,
     )  # fmt: skip
     return y, last, checkpoints
 
@@ -73,6 +74,7 @@ def backward(
     from .diagonal_scan import backward as kernel
 
     dy, dlast, x, dt, A, B, C, D = (t.contiguous() for t in (dy, dlast, x, dt, A, B, C, D))
+    bounds = None if cu_seqlens is None else cu_seqlens.contiguous()
     S, tokens = state.shape[0], x.shape[0] * x.shape[1]
     sizes = _tiles(A)
     blocks = -(-sizes["D"] // sizes["BD"])
@@ -82,8 +84,8 @@ def backward(
     dA = A.new_empty(S, *A.shape)
     dB, dC = (x.new_empty(parts, *B.shape) for _ in range(2))
     kernel[(S * parts,)](
-        dy, dlast, x, dt, A, B, C, D, cu_seqlens, checkpoints,
+        dy, dlast, x, dt, A, B, C, D, bounds, checkpoints,
         dx, ddt, dA, dB, dC, dstate, x.shape[1], tokens,
-        PARTS=parts, EACH=each, PACKED=cu_seqlens is not None, **sizes,
+        PARTS=parts, EACH=each, PACKED=bounds is not None, **sizes,
     )  # fmt: skip
     return dx, ddt, dA.sum(0), dB.sum(0), dC.sum(0), (dy * x).sum((0, 1)), dstate
