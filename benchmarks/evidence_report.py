@@ -39,7 +39,8 @@ def best_of(found: Sequence[Run]) -> tuple[Values, dict[str, list[Run]]]:
     """By label: test values of the best learning rate, medians over its seeds; and its runs.
 
     The best is the one with the greatest median as trained; of rates equal to two decimals, the one
-    with the greatest mean of the other tests.
+    with the greatest mean of the other tests. Rates of which fewer seeds count than of others are
+    left out: the best of one seed is easily above the median of two.
     """
     values: Values = {}
     chosen: dict[str, list[Run]] = {}
@@ -48,7 +49,8 @@ def best_of(found: Sequence[Run]) -> tuple[Values, dict[str, list[Run]]]:
         for run in found:
             if run.job.label == label:
                 rates.setdefault(run.job.lr, []).append(run)
-        tests = {lr: _medians(runs) for lr, runs in rates.items()}
+        most = max(map(len, rates.values()))
+        tests = {lr: _medians(runs) for lr, runs in rates.items() if len(runs) == most}
         best = max(tests, key=lambda lr: _merit(tests[lr]))
         values[label], chosen[label] = tests[best], rates[best]
     return values, chosen
@@ -67,12 +69,19 @@ def _merit(tests: dict[str, float | None]) -> tuple[float, float]:
     return (round(known[0], 2), fmean(known)) if known else (-1.0, -1.0)
 
 
-def verdicts(experiment: Experiment, values: Values) -> list[dict[str, Any]]:
-    """Each claim with whether our numbers bear it out; None while rows it needs are missing."""
+def verdicts(
+    experiment: Experiment, values: Values, missing: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Each claim with whether our numbers bear it out; None while rows it needs are missing.
+
+    Of a row with a width missing none counts: its least would not be the least that was asked.
+    """
+    partly = {label.split(" ")[0] for label in missing}
+    known = {label: tests for label, tests in values.items() if label.split(" ")[0] not in partly}
     answers: list[dict[str, Any]] = []
     for text, holds in experiment.claims:
         try:
-            answers.append({"claim": text, "holds": holds(values)})
+            answers.append({"claim": text, "holds": holds(known)})
         except KeyError:  # a row that was not run
             answers.append({"claim": text, "holds": None})
     return answers
@@ -86,6 +95,7 @@ def write(part: Part, found: Sequence[Run], out: Path) -> None:
     counted = [run for run in found if counts(run, part.plan.least_part)]
     values, chosen = best_of(counted)
     labels = dict.fromkeys(job.label for job in part.jobs())
+    missing = [label for label in labels if label not in values]
     record = {
         "experiment": part.name,
         "size": part.label.removeprefix(f"{part.name}-"),
@@ -100,8 +110,8 @@ def write(part: Part, found: Sequence[Run], out: Path) -> None:
         "note": part.plan.note,
         "values": values,
         "chosen": {label: _chosen(runs) for label, runs in chosen.items()},
-        "verdict": verdicts(experiment, values),
-        "missing": [label for label in labels if label not in values],
+        "verdict": verdicts(experiment, values, missing),
+        "missing": missing,
         "cut_too_early": [
             {"label": run.job.label, "lr": run.job.lr, "seed": run.job.seed, "steps": run.row.steps}
             for run in found
@@ -133,7 +143,8 @@ def _run(run: Run) -> dict[str, Any]:
         kept = result[name][:: -(-len(result[name]) // _CURVE) or 1]
         result[name] = [float(f"{value:.4g}") if name == "losses" else value for value in kept]
     asked = {"label": run.job.label, "lr": run.job.lr, "seed": run.job.seed}
-    return asked | {"config": asdict(run.plan.config), "result": result}
+    config, machine = asdict(run.plan.config), run.plan.environment
+    return asked | {"config": config, "environment": machine, "result": result}
 
 
 def page(record: dict[str, Any]) -> str:
@@ -142,6 +153,7 @@ def page(record: dict[str, Any]) -> str:
     tests = list(next(iter(values.values())))
     shown = tests if len(tests) <= 6 else [tests[round(i * (len(tests) - 1) / 5)] for i in range(6)]
     reported = record["paper"]["reported"]
+    seeds = len({run["seed"] for run in record["runs"]})
     lines = [
         f"# {record['experiment']}, {record['size']} size",
         "",
@@ -158,6 +170,8 @@ def page(record: dict[str, Any]) -> str:
         best = record["chosen"][label]
         cells = ["not run" if row[test] is None else f"{row[test]:.3f}" for test in shown]
         steps = f"{min(best['steps']):,}" + (", cut" if best["cut"] else "")
+        if len(best["steps"]) < seeds:
+            steps += f", {len(best['steps'])} of {seeds} seeds"
         cells += [f"{best['lr']:g}", steps, f"{best['parameters']:,}", f"{best['state_bytes']:,}"]
         lines.append(f"| `{label}` | {' | '.join(cells)} | {reported.get(label.split()[0], '')} |")
     lines += ["", "Verdict:", ""]
@@ -170,7 +184,10 @@ def page(record: dict[str, Any]) -> str:
 
 def _conditions(record: dict[str, Any]) -> str:
     """How it was run, in sentences."""
-    recipe, environment, runs = record["recipe"], record["environment"], record["runs"]
+    recipe, runs = record["recipe"], record["runs"]
+    machines = dict.fromkeys(_machine(run["environment"]) for run in runs)
+    dates = sorted(run["environment"]["date"] for run in runs)
+    dates = list(dict.fromkeys((dates[0], dates[-1])))
     rates = sorted({run["lr"] or recipe["lr"] for run in runs})
     seeds = sorted({run["seed"] for run in runs})
     several = len(seeds) > 1
@@ -179,15 +196,21 @@ def _conditions(record: dict[str, Any]) -> str:
         f"learning rate{'s' if len(rates) > 1 else ''} {', '.join(f'{lr:g}' for lr in rates)}"
         f"{' (the best as trained counts)' if len(rates) > 1 else ''}, "
         f"seed{'s' if several else ''} {', '.join(map(str, seeds))}"
-        f"{' (medians)' if several else ''}; {environment['device']} "
-        f"({environment['processor']}, {environment['threads']} threads), {environment['date']}."
+        f"{' (medians)' if several else ''}; {' and '.join(machines)}; {' to '.join(dates)}."
     ]
     if any(best["cut"] for best in record["chosen"].values()):
         sentences.append(
-            "Rows marked cut were ended by the clock, on machines that many rows shared; their "
-            "learning rate had fallen with it."
+            "Rows marked cut were ended by the clock; their learning rate had fallen with it."
         )
     return " ".join(sentences)
+
+
+def _machine(environment: dict[str, Any]) -> str:
+    threads = environment["threads"]
+    return (
+        f"{environment['device']} ({environment['processor']}, {threads} thread"
+        f"{'' if threads == 1 else 's'}, torch {environment['torch']})"
+    )
 
 
 def plot(

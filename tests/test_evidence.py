@@ -52,6 +52,7 @@ def test_an_experiment_is_run_in_parts_and_judged_when_its_rows_are_there(
     assert [claim["holds"] for claim in whole["verdict"]] == [False, True]
     assert whole["runs"][0] == part["runs"][0]  # read back, not run again
     assert whole["runs"][0]["config"]["steps"] == 3
+    assert all(one["environment"]["device"] == "cpu" for one in whole["runs"])
     page = (tmp_path / "out" / "parity-small-3-steps.md").read_text()
     assert "Tiny. 3 steps only." in page and "the one learns: **does not hold**" in page
     assert (tmp_path / "out" / "parity-small-3-steps.svg").exists()
@@ -77,6 +78,8 @@ def test_the_best_rate_counts_and_the_median_of_its_seeds(evidence):
     assert values == {"gla": {"t0": 0.8, "t1": 0.2}} and chosen == {"gla": first}
     further = [FakeRun(1e-3, 0.999, 0.2), FakeRun(1e-2, 0.996, 0.9)]  # equally good as trained
     assert evidence_report.best_of(further)[0]["gla"]["t1"] == 0.9
+    lucky = [FakeRun(1e-2, 0.95, 0.5)]  # of its rate the clock left one seed
+    assert evidence_report.best_of(first + lucky)[1] == {"gla": first}
 
 
 def test_what_the_clock_cut_off_early_does_not_count(evidence):
@@ -99,6 +102,18 @@ def test_values_of_a_row_rise_with_its_width(evidence):
     assert experiments.widths(values, "gla") == [0.32, 0.64, 1.28]
     with pytest.raises(KeyError):
         experiments.widths(values, "s4d")
+
+
+def test_a_row_of_which_a_width_is_missing_is_not_judged_by_the_others(evidence):
+    import evidence_report
+
+    rows = ("softmax_attention", *evidence_report.EXPERIMENTS["mqar"].rows)
+    values = {f"{row} d={d}": {"t": d / 100} for row in rows for d in (32, 64, 128)}
+    mqar = evidence_report.EXPERIMENTS["mqar"]
+    assert [v["holds"] for v in evidence_report.verdicts(mqar, values)] == [True, True]
+    del values["gla d=32"]
+    judged = evidence_report.verdicts(mqar, values, ["gla d=32"])
+    assert [v["holds"] for v in judged] == [True, None]
 
 
 def test_jobs_run_side_by_side_until_the_deadline(evidence, monkeypatch, tmp_path, capsys):

@@ -387,6 +387,10 @@ def test_a_finished_arena_is_read_back_and_another_question_refused(finished, mo
     assert run_task_arena(named, out).rows == results.rows
     with pytest.raises(ValueError, match=r"arena begun otherwise \(seed was 0, now 1"):
         run_task_arena(TaskArenaConfig(**SMALL, seed=1), out)
+    recipe = replace(results.plan.recipe, lr=0.5)  # as if the task's had been changed since
+    monkeypatch.setattr(TaskArenaConfig, "recipe", lambda self: recipe)
+    with pytest.raises(ValueError, match=r"arena begun otherwise \(recipe's lr was .*, now 0.5\)"):
+        run_task_arena(TaskArenaConfig(**SMALL), out)
 
 
 def test_a_stopped_arena_goes_on_with_the_row_it_was_at(tmp_path, monkeypatch):

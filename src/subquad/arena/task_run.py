@@ -238,14 +238,23 @@ def _read_plan(config: TaskArenaConfig, out: Path) -> TaskPlan | None:
     if record is None:
         return None
     plan = TaskPlan.from_json(record)
-    # The machine tells which device was meant: `auto` and `cuda` may be the same.
-    then_asked, asked = (
-        json.loads(json.dumps(asdict(replace(c, device="auto")))) for c in (plan.config, config)
-    )
+    then_asked, asked = _asked(plan.config, plan.recipe), _asked(config, config.recipe())
     finished = all((out / e.folder / "result.json").exists() for e in config.entrants())
     here = plan.environment if finished else describe_machine(config.device)
     refuse_changes(out, then_asked, asked, plan.environment, here)
     return plan
+
+
+def _asked(config: TaskArenaConfig, recipe: Recipe) -> Record:
+    """The question as JSON has it, and what the recipe says of settings that were left to it.
+
+    The machine tells which device was meant: `auto` and `cuda` may be the same.
+    """
+    left = {
+        f"recipe's {n}": v for n, v in asdict(recipe).items() if getattr(config, n, None) is None
+    }
+    question: Record = json.loads(json.dumps(asdict(replace(config, device="auto"))))
+    return question | left
 
 
 def _read_row(folder: Path) -> TaskRowResult | None:
