@@ -5,6 +5,7 @@ import json
 import math
 import tracemalloc
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 
 import pytest
@@ -13,6 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from subquad import tasks
+from subquad.arena import ArenaConfig
 from subquad.arena.command import task_config
 from subquad.arena.entrants import Entrant, split_rows
 from subquad.arena.scaling import (
@@ -322,6 +324,18 @@ def test_commas_in_brackets_and_quotes_are_an_options():
     config = TaskArenaConfig(task="mqar", rows="gla, mamba2:state_size=16,mamba2:state_size=32")
     assert config.rows == ("gla", "mamba2:state_size=16", "mamba2:state_size=32")
     assert split_rows('a:x=[1,2],b:y="p,q"') == ("a:x=[1,2]", 'b:y="p,q"')
+
+
+def test_blanks_around_the_parts_of_a_row_are_none_of_it():
+    """The folder is named without them; a result must be found again by the row's label."""
+    row = "gla : num_heads = 2"
+    assert Entrant.parse(row) == Entrant("gla:num_heads=2", "gla", {"num_heads": 2})
+    config = TaskArenaConfig(**SMALL | {"rows": (row, " gla"), "steps": 1})
+    assert config.rows == ("gla:num_heads=2", "gla")
+    assert run_task_arena(config).missing == []
+    for Config in (partial(TaskArenaConfig, task="parity"), ArenaConfig):
+        with pytest.raises(ValueError, match="none twice"):
+            Config(rows=(row, "gla:num_heads=2"))
 
 
 def test_rows_may_have_options():

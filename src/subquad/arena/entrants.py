@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,8 @@ from subquad.recurrence.validate import choose, fail
 
 @dataclass(frozen=True)
 class Entrant:
-    """`label` is what was written: `deltanet:allow_negative_eigenvalues` or just `deltanet`."""
+    """`label` is what was written, without blanks around its parts:
+    `deltanet:allow_negative_eigenvalues` or just `deltanet`."""
 
     label: str
     row: str
@@ -28,12 +30,13 @@ class Entrant:
         """
         row, *parts = _split(text, ":") or [""]
         choose("rows", row, tuple(MIXERS))
-        options = {}
+        label, options = row, {}
         for part in parts:
-            name, equals, value = part.partition("=")
+            name, equals, value = map(str.strip, part.partition("="))
             options[name] = _value(value) if equals else True
             check_mixer_option(row, name, options[name])
-        return cls(text.strip(), row, options)
+            label += f":{name}{equals}{value}"
+        return cls(label, row, options)
 
     @property
     def folder(self) -> str:
@@ -44,6 +47,11 @@ class Entrant:
 def split_rows(text: str) -> tuple[str, ...]:
     """`a, b:option=[1,2]` -> ("a", "b:option=[1,2]")."""
     return tuple(_split(text, ","))
+
+
+def labels(rows: Iterable[str]) -> tuple[str, ...]:
+    """The rows as their results will be labelled. ValueError for an unknown row or option."""
+    return tuple(Entrant.parse(row).label for row in rows)
 
 
 def check_rows(rows: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from subquad.arena.entrants import Entrant, check_rows
+from subquad.arena.entrants import Entrant, check_rows, labels
 
 DEFAULT_ROWS = ("softmax_attention", "mamba", "mamba2", "gla", "gated_deltanet")
 
@@ -45,13 +45,12 @@ class ArenaConfig:
 
     def __post_init__(self) -> None:
         # JSON has no tuples; a config read back must equal the one written.
-        object.__setattr__(self, "rows", tuple(self.rows))
+        object.__setattr__(self, "rows", labels(self.rows))
         object.__setattr__(self, "contexts", tuple(sorted(self.contexts)))
         if isinstance(self.lr, list | tuple):
             rates = tuple(sorted(set(self.lr)))
             object.__setattr__(self, "lr", rates[0] if len(rates) == 1 else rates)
         check_rows(self.rows)
-        self.entrants()
         for name in ("parameters", "seq_len", "batch_size", "minutes"):
             _require_positive(name, getattr(self, name))
         if not self.rates:
@@ -71,7 +70,7 @@ class ArenaConfig:
         return self.lr if isinstance(self.lr, tuple) else (self.lr,)
 
     def entrants(self) -> list[Entrant]:
-        """The rows, read. ValueError for an unknown row or option."""
+        """The rows, read."""
         return [Entrant.parse(row) for row in self.rows]
 
 

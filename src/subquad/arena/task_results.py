@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from subquad import tasks
-from subquad.arena.entrants import Entrant, check_rows, split_rows
+from subquad.arena.entrants import Entrant, check_rows, labels, split_rows
 from subquad.arena.results import Shape
 from subquad.recurrence.validate import choose, fail
 from subquad.tasks import Recipe, Task
@@ -57,13 +57,12 @@ class TaskArenaConfig:
 
     def __post_init__(self) -> None:
         rows = split_rows(self.rows) if isinstance(self.rows, str) else self.rows
-        object.__setattr__(self, "rows", tuple(rows))
+        object.__setattr__(self, "rows", labels(rows))
         # JSON has no tuples; a config read back must equal the one written.
         object.__setattr__(self, "settings", json.loads(json.dumps(self.settings)))
         choose("task", self.task, tuple(tasks.TASKS))
         self.build().tests()  # lets the task judge its settings, before anything is trained
         check_rows(self.rows)
-        self.entrants()
         for name in ("parameters", "layers", "hidden_size", "steps", "batch_size", "eval_every"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
