@@ -10,7 +10,8 @@ from subquad.generate.sample import draw
 from subquad.models import SubquadForCausalLM
 
 _PREFILL = 2048  # tokens of the prompt per pass: bounds the memory that a long prompt takes
-_PATIENCE = 8  # tokens to wait for the rest of a character; UTF-8 never needs more than four bytes
+_PATIENCE = 8  # tokens to wait for the rest of a character
+_UNFINISHED = 3  # bytes, so at most as many tokens, of a character that is not whole yet
 
 
 def stream(
@@ -170,29 +171,36 @@ class TextPieces:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self.spoken: list[
-            int
-        ] = []  # the last ids that were turned into text: they decide on spaces
+        self.spoken: list[int] = []  # the ids last turned into text: they decide on spaces
         self.held: list[int] = []
 
     def push(self, token: int) -> str:
         """The text that became certain with this token, perhaps none."""
         self.held.append(token)
         text = self._held_text()
-        if text.endswith("\ufffd") and len(self.held) < _PATIENCE:
+        if not text.endswith("\ufffd"):
+            return self._speak(text, len(self.held))
+        if len(self.held) < _PATIENCE:
             return ""
-        return self._speak(text)
+        # These bytes are no UTF-8. But the last may begin a character: what lies further back than
+        # one can reach is certain, if the cut is not through a character itself.
+        for count in range(len(self.held) - _UNFINISHED, 0, -1):
+            certain = self._held_text(count)
+            if text.startswith(certain):
+                return self._speak(certain, count)
+        return self._speak(text, len(self.held))
 
     def flush(self) -> str:
         """What was held back, at the end of the text."""
-        return self._speak(self._held_text()) if self.held else ""
+        return self._speak(self._held_text(), len(self.held)) if self.held else ""
 
-    def _held_text(self) -> str:
+    def _held_text(self, count: int | None = None) -> str:
+        """Of all that is held, or of the first `count`."""
         before = self._decode(self.spoken)
-        return self._decode(self.spoken + self.held)[len(before) :]
+        return self._decode(self.spoken + self.held[:count])[len(before) :]
 
-    def _speak(self, text: str) -> str:
-        self.spoken, self.held = self.held, []
+    def _speak(self, text: str, count: int) -> str:
+        self.spoken, self.held = self.held[:count], self.held[count:]
         return text
 
     def _decode(self, ids: list[int]) -> str:
