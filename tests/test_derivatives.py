@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from subquad import Delta, SubquadConfig, SubquadForCausalLM, linear_recurrence
 from subquad.recurrence import selective_scan, short_convolution, watch
@@ -150,6 +151,44 @@ def test_many_gradients_at_once_are_those_one_by_one(engine):
     (found,) = torch.autograd.grad(y, x, many, is_grads_batched=True, retain_graph=True)
     due = [torch.autograd.grad(y, x, one, retain_graph=True)[0] for one in many]
     torch.testing.assert_close(found, torch.stack(due))
+
+
+@pytest.mark.parametrize("engine", [recurrence, scan, convolution])
+def test_transforms_of_functions_are_what_backward_gives(engine):
+    """They know nothing of compiled operators: forward derivatives of these would be zeros."""
+    torch.manual_seed(0)
+    x, direction = torch.randn(2, 3, 1, T, H, K)
+
+    def loss(x: Tensor) -> Tensor:
+        return engine(x).square().sum()
+
+    leaf = x.clone().requires_grad_()
+    (due,) = torch.autograd.grad(sum(map(loss, leaf)), leaf)
+    moved = torch.func.jvp(loss, (x[0],), (direction[0],))[1]
+    torch.testing.assert_close(moved, (due[0] * direction[0]).sum(), rtol=1e-4, atol=1e-2)
+    with forward_ad.dual_level():
+        dual = loss(forward_ad.make_dual(x[0], direction[0]))
+        torch.testing.assert_close(forward_ad.unpack_dual(dual).tangent, moved)
+    torch.testing.assert_close(torch.func.grad(loss)(x[0]), due[0], rtol=1e-4, atol=1e-4)
+    each = torch.func.vmap(torch.func.grad(loss))(x)
+    torch.testing.assert_close(each, due, rtol=1e-4, atol=1e-4)
+
+
+def test_transforms_of_a_packed_scan():
+    torch.manual_seed(0)
+    x, dt = torch.randn(2, 1, T, 4), torch.rand(1, T, 4)
+    A, B_, state = -torch.rand(4, 3), torch.randn(1, T, 3), torch.randn(3, 4, 3)
+
+    def loss(x: Tensor, impl: str = "auto") -> Tensor:
+        y, last = selective_scan(x, dt, A, B_, B_, state=state, cu_seqlens=PACKED, impl=impl)
+        return y.square().sum() + last.square().sum()
+
+    leaf = x.clone().requires_grad_()
+    (due,) = torch.autograd.grad(sum(map(loss, leaf)), leaf)
+    each = torch.func.vmap(torch.func.grad(loss))(x)
+    torch.testing.assert_close(each, due, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"impl: got 'numba' .* outside forward derivatives"):
+        torch.func.grad(loss)(x[0], "numba")
 
 
 @pytest.mark.parametrize("row", ["gated_deltanet", "mamba", "mamba2"])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from subquad.kernels.operator import operator
 from subquad.recurrence.derivatives import recorded_gradients, will_be_differentiated
-from subquad.recurrence.eager import can_call_compiled_code
+from subquad.recurrence.eager import can_call_compiled_code, can_call_operators
 from subquad.recurrence.gpu import can_call_kernels, may_overwrite, records_gradient
 from subquad.recurrence.overrides import overridable
 from subquad.recurrence.validate import check_cu_seqlens, check_shape, check_tensor, choose, fail
@@ -69,7 +69,7 @@ def short_convolution(
     inputs = (x.to(precise), weight.to(precise), None if bias is None else bias.to(precise))
     # Compiled code pays from a few tokens on; recording a call of it costs more than one token.
     compiled = x.device.type == "cpu" and precise == torch.float32 and x.shape[0] * x.shape[1] > N
-    convolve = _convolve_cpu if compiled else _convolve
+    convolve = _convolve_cpu if compiled and can_call_operators() else _convolve
     y = convolve(*inputs, state.to(precise), cu_seqlens, silu)
     return y.to(x.dtype), _next_state(x, state, cu_seqlens)
 

@@ -16,7 +16,7 @@ from subquad.kernels.gpu import triton_missing
 from subquad.kernels.operator import operator
 from subquad.recurrence import scan
 from subquad.recurrence.derivatives import recorded_gradients, will_be_differentiated
-from subquad.recurrence.eager import can_call_compiled_code
+from subquad.recurrence.eager import can_call_compiled_code, can_call_operators
 from subquad.recurrence.explanation import Explanation, tell, watched
 from subquad.recurrence.overrides import overridable
 from subquad.recurrence.spec import Recurrence
@@ -79,6 +79,8 @@ def selective_scan(
         y, last_state = _reference(*(*inputs, cu_seqlens))
     elif x.shape[1] == 1:
         y, last_state = _one_token(*inputs)
+    elif not can_call_operators():
+        y, last_state, _ = scan.forward(*(*inputs, cu_seqlens, False))
     else:
         save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
         y, last_state, _ = _scan_op(*inputs, cu_seqlens, impl, save)
@@ -171,14 +173,16 @@ def _choose_impl(form: str, impl: str, x: Tensor) -> str:
     """The implementation to run, or ValueError if it does not exist for these arguments."""
     choose("form", form, ("auto", *FORMS))
     choose("impl", impl, ("auto", *IMPLS))
-    compiled = x.device.type == "cpu" and x.dtype != torch.float64
+    fits = x.dtype != torch.float64 and can_call_operators()
+    got = f"{impl!r} with x of {x.dtype} on {x.device}"
+    within = "outside forward derivatives and torch.func"
+    compiled = x.device.type == "cpu" and fits
     if impl == "numba" and not compiled:
-        got = f"'numba' with x of {x.dtype} on {x.device}"
-        raise fail("impl", got, "float32 or less on the CPU", "use impl='torch' or 'auto'")
-    kernels = x.is_cuda and x.dtype != torch.float64 and triton_missing() is None
+        expected = f"float32 or less on the CPU, {within}"
+        raise fail("impl", got, expected, "use impl='torch' or 'auto'")
+    kernels = x.is_cuda and fits and triton_missing() is None
     if impl == "triton" and not kernels:
-        got = f"'triton' with x of {x.dtype} on {x.device}"
-        expected = "float32 or less on a GPU, and Triton installed"
+        expected = f"float32 or less on a GPU, {within}, and Triton installed"
         raise fail("impl", got, expected, "use impl='torch' or 'auto'")
     if impl != "auto":
         if form != "auto" and impl not in FORMS[form]:

@@ -104,7 +104,7 @@ def forward(
         outputs.append((after * C[:, t, None]).sum(-1) + D * x[:, t])
         places, sequences = packing.ends(low, low + CHUNK)
         if places.numel():
-            last_state[sequences] = after[0, places]
+            last_state = last_state.index_copy(0, sequences, after[0, places])
         carry = after[:, -1]
     if cu_seqlens is None:
         last_state = carry.clone()
