@@ -2,11 +2,9 @@
 
     PYTHONPATH=src python benchmarks/gpu.py --out gpu.json
     PYTHONPATH=src python benchmarks/gpu.py --crossing --out crossing.json
-    PYTHONPATH=src python benchmarks/gpu.py --first-calls 3 --out first.json
 
 `--crossing` times ours against causal softmax attention (torch's SDPA) instead, 32,768 tokens in
-sequences of 1k to 128k, to find the length from which a linear row is the faster. `--first-calls`
-times the first forward and backward pass of new processes that find nothing compiled.
+sequences of 1k to 128k, to find the length from which a linear row is the faster.
 
 Milliseconds of forward and of forward + backward, medians: of eager calls, and of a captured
 graph's replays, which hold no launch from Python. Beside them the memory floor (each input read
@@ -21,13 +19,10 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,8 +126,18 @@ def shorten_autotuning() -> None:
     triton.testing.do_bench = brief
 
 
-def version(peer: str) -> str:
-    return getattr(__import__(peer), "__version__", "unknown")
+def describe_run(peers: list[str]) -> dict[str, Any]:
+    import triton
+
+    return {
+        "device": torch.cuda.get_device_name(),
+        "date": datetime.date.today().isoformat(),
+        "versions": {
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            **{peer: getattr(__import__(peer), "__version__", "unknown") for peer in peers},
+        },
+    }
 
 
 def copy_rate() -> float:
@@ -204,37 +209,16 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", type=int, default=range(len(SHAPES)))
     parser.add_argument("--peers", nargs="*", default=["fla"], choices=["fla", "mamba_ssm"])
     parser.add_argument("--crossing", action="store_true")
-    parser.add_argument("--first-calls", type=int, default=0, metavar="N")
-    parser.add_argument("--first-call-of", choices=GATES, help=argparse.SUPPRESS)
     parser.add_argument("--lift-refusal", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     args = parser.parse_args()
-    if args.first_call_of:
-        print(first_call(args.first_call_of))
-        return
     shorten_autotuning()
     if args.lift_refusal:
         lift_refusal()
 
-    import triton
-
     rate = copy_rate()
-    report = {
-        "device": torch.cuda.get_device_name(),
-        "date": datetime.date.today().isoformat(),
-        "versions": {
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-            **{peer: version(peer) for peer in args.peers},
-        },
-        "copy_TB_per_s": rate / 1e12,
-        "rows": [],
-    }
-    if args.first_calls:
-        rows = cold_first_calls(args)
-    else:
-        rows = crossing() if args.crossing else against_peers(args, rate)
-    for row in rows:
+    report = describe_run(args.peers) | {"copy_TB_per_s": rate / 1e12, "rows": []}
+    for row in crossing() if args.crossing else against_peers(args, rate):
         report["rows"].append(row)
         args.out.write_text(json.dumps(report, indent=1))
         torch.cuda.empty_cache()
@@ -264,28 +248,6 @@ def crossing() -> Iterator[dict]:
             {n: r if isinstance(r, int) else r.get("both_ms") for n, r in row.items()}, flush=True
         )
         yield row
-
-
-def first_call(gate: str) -> float:
-    """Seconds of this process's first forward and backward pass, as a training step runs them."""
-    tensors, log_decay = inputs(SHAPES["B8 T4096 H16 K128 V128"], gate)
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    ours(*tensors, log_decay).float().sum().backward()
-    torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def cold_first_calls(args: argparse.Namespace) -> Iterator[dict]:
-    for gate in args.gates:
-        seconds = []
-        for _ in range(args.first_calls):
-            with tempfile.TemporaryDirectory() as cache:
-                child = [sys.executable, __file__, "--first-call-of", gate]
-                fresh = {**os.environ, "TRITON_CACHE_DIR": cache}
-                seconds.append(float(subprocess.check_output(child, env=fresh).split()[-1]))
-        print(gate, seconds, flush=True)
-        yield {"gate": gate, "first_call_s": seconds}
 
 
 def measured(name: str, run: Callable | None, tensors: list, gate: Tensor | None) -> dict:
