@@ -491,6 +491,9 @@ def test_a_row_that_the_clock_cut_off_is_told_with_its_step(finished):
     told = TaskArenaResults(results.plan, [cut, *results.rows[1:]])
     assert f"Cut off by the clock, not solved: {cut.label} (step 7)." in findings(told)
     assert "cut off at 7" in render_task_html(told)
+    before = replace(cut, solved=3)  # and trained on, to learn it at other lengths
+    page = render_task_html(replace(told, rows=[before, *results.rows[1:]]))
+    assert "cut off at 7" not in page and 'data-label="solved at step">3<' in page
 
 
 def test_a_guess_is_told_in_the_units_of_the_metric(tmp_path):

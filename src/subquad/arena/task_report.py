@@ -62,9 +62,9 @@ def _is_solved(task: Task, outcome: Outcome) -> bool:
 
 
 def _solved(row: TaskRowResult) -> str:
-    if row.cut:
-        return f"cut off at {row.steps:,}"
-    return "no" if row.solved is None else f"{row.solved:,}"
+    if row.solved is not None:
+        return f"{row.solved:,}"
+    return f"cut off at {row.steps:,}" if row.cut else "no"
 
 
 def render_task_html(results: TaskArenaResults) -> str:
