@@ -241,3 +241,13 @@ def test_a_form_alone_can_be_asked_for(form, dtype):
     arguments = {n: t.to(dtype) for n, t in GOOD.items()}
     want, _ = selective_scan(**arguments, impl="reference")
     torch.testing.assert_close(selective_scan(**arguments, form=form)[0], want)
+
+
+@pytest.mark.parametrize("impl", ["numba", "torch"])
+def test_a_backward_pass_is_refused_where_the_forward_pass_kept_nothing_for_it(impl):
+    """As of a program that was exported with inputs that require no gradient."""
+    given = [t.detach().float() for t in inputs(1, 70).values()]
+    given[1].requires_grad_()
+    y, _, _ = _scan_op(*given, None, impl, False)
+    with pytest.raises(RuntimeError, match=r"^checkpoints: got none"):
+        y.sum().backward()

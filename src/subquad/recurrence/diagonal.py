@@ -273,6 +273,11 @@ def _scan_backward_op(
     checkpoints: Tensor,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if checkpoints.shape[0] == 0:  # which compiled code would read all the same
+        raise RuntimeError(
+            "checkpoints: got none; expected those of the forward pass. Fix: run, trace or export "
+            "it with gradients enabled and inputs that require them."
+        )
     gradients = _form_module(impl).backward(
         dy, dlast, x, dt, A, B, C, D, state, cu_seqlens, checkpoints
     )
