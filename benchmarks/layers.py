@@ -4,14 +4,13 @@
 
 One decoded token of the matrix recurrence, the short convolution, and gated norms: median
 milliseconds of eager calls and of a captured graph's replays, and the memory floor at this
-machine's copy rate. Then what an eager call of each engine costs the host: microseconds a call of
-work so small that the GPU always waits. `--tune` times the kernels over tile sizes instead.
+machine's copy rate. Then what an eager call costs the host (layers_host.py). `--tune` times the
+kernels over tile sizes instead.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import time
@@ -20,7 +19,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from gpu import copy_rate, replayed, shorten_autotuning
+from gpu import copy_rate, describe_run, replayed, shorten_autotuning
+from layers_host import eager_calls
 from torch import Tensor
 
 import subquad
@@ -218,73 +218,6 @@ def skipped_norm(B: int, T: int, D: int):
     return f"skip, gate, norm B{B} T{T} D{D}", leaves, {"ours": ours, "torch": plain}
 
 
-# ---- the host's side of an eager call
-
-
-def host_us(call: Callable[[], object]) -> float:
-    """Microseconds until a call comes back, its work still queued."""
-    for _ in range(10):
-        call()
-    times = []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(50):
-            call()
-        times.append(time.perf_counter() - began)
-    return min(times) / 50 * 1e6
-
-
-def eager_calls(peers: bool) -> list[dict]:
-    from subquad.recurrence.timestep import discretize
-
-    T = 64
-    q, k, v = (torch.randn(1, T, 2, 64, **BF16).requires_grad_() for _ in range(3))
-    gate = F.logsigmoid(torch.randn(1, T, 2, device="cuda")).requires_grad_()
-    channels = F.logsigmoid(torch.randn(1, T, 2, 64, device="cuda")).requires_grad_()
-    x, weight, filters = (torch.randn(*s, **BF16) for s in ((1, T, 128), (128,), (128, 4)))
-    dt, bias = torch.randn(1, T, 2, **BF16), torch.randn(2, device="cuda")
-    for parameter in (x, weight, filters, dt, bias):
-        parameter.requires_grad_()
-    one = [t[:, :1].detach() for t in (q, k, v, gate)]
-    state = torch.zeros(1, 2, 64, 64, device="cuda")
-    work = {
-        "one token": (lambda: subquad.linear_recurrence(*one, state=state), None),
-        "no decay": (lambda: subquad.linear_recurrence(q, k, v), [q, k, v]),
-        "decay a head": (lambda: subquad.linear_recurrence(q, k, v, gate), [q, k, v, gate]),
-        "decay a key channel": (
-            lambda: subquad.linear_recurrence(q, k, v, channels), [q, k, v, channels],
-        ),
-        "short convolution": (lambda: subquad.short_convolution(x, filters), [x, filters]),
-        "rms norm": (lambda: rms_norm(x, 128, weight, 1e-5), [x, weight]),
-        "discretize": (lambda: discretize(v, dt, bias, bias), [v, dt, bias]),
-        "torch's rms norm": (lambda: F.rms_norm(x, (128,), weight), [x, weight]),
-    }  # fmt: skip
-    if peers:
-        from fla.ops.simple_gla import chunk_simple_gla
-
-        work["decay a head, fla"] = (lambda: chunk_simple_gla(q, k, v, gate), [q, k, v, gate])
-    return [host_row(name, *parts) for name, parts in work.items()]
-
-
-def host_row(name: str, call: Callable, leaves: list[Tensor] | None) -> dict:
-    def both():
-        out = call()
-        out = out if isinstance(out, Tensor) else out[0]
-        torch.autograd.grad(out, leaves, torch.ones_like(out))
-
-    row = {"work": "eager call", "kind": name}
-    try:
-        with torch.no_grad():
-            row["forward_us"] = host_us(call)
-        if leaves:
-            row["both_us"] = host_us(both)
-    except Exception as error:  # a peer that cannot run is a result
-        row["error"] = f"{type(error).__name__}: {error}"[:200]
-    print(row, flush=True)
-    return row
-
-
 def timed(row: dict, calls: dict[str, Callable]) -> dict:
     for who, call in calls.items():
         try:
@@ -351,16 +284,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("layers.json"))
     args = parser.parse_args()
     shorten_autotuning()
-    import triton
-
-    rate = copy_rate()
-    report = {
-        "device": torch.cuda.get_device_name(),
-        "date": datetime.date.today().isoformat(),
-        "versions": {"torch": torch.__version__, "triton": triton.__version__},
-        "copy_TB_per_s": rate / 1e12,
-    }
-    peers = not args.no_peers
+    rate, peers = copy_rate(), not args.no_peers
+    report = describe_run([]) | {"copy_TB_per_s": rate / 1e12}
     if args.tune:
         report["rows"] = tune(rate)
     else:
