@@ -40,7 +40,8 @@ def best_of(found: Sequence[Run]) -> tuple[Values, dict[str, list[Run]]]:
 
     The best is the one with the greatest median as trained; of rates equal to two decimals, the one
     with the greatest mean of the other tests. Rates of which fewer seeds count than of others are
-    left out: the best of one seed is easily above the median of two.
+    left out: the best of one seed is easily above the median of two. Likewise a rate at which some
+    seed diverged, unless there is none at which none did.
     """
     values: Values = {}
     chosen: dict[str, list[Run]] = {}
@@ -51,9 +52,13 @@ def best_of(found: Sequence[Run]) -> tuple[Values, dict[str, list[Run]]]:
                 rates.setdefault(run.job.lr, []).append(run)
         most = max(map(len, rates.values()))
         tests = {lr: _medians(runs) for lr, runs in rates.items() if len(runs) == most}
-        best = max(tests, key=lambda lr: _merit(tests[lr]))
+        best = max(tests, key=lambda lr: (-_diverged(rates[lr]), *_merit(tests[lr])))
         values[label], chosen[label] = tests[best], rates[best]
     return values, chosen
+
+
+def _diverged(runs: Sequence[Run]) -> int:
+    return sum(bool(run.row.failure) for run in runs)
 
 
 def _medians(runs: Sequence[Run]) -> dict[str, float | None]:
@@ -131,6 +136,7 @@ def _chosen(runs: Sequence[Run]) -> dict[str, Any]:
         "lr": runs[0].plan.recipe.lr,
         "steps": [run.row.steps for run in runs],
         "cut": any(run.row.cut for run in runs),
+        "diverged": _diverged(runs),
         "parameters": first.shape.parameters,
         "state_bytes": first.state_bytes,
     }
@@ -172,6 +178,8 @@ def page(record: dict[str, Any]) -> str:
         steps = f"{min(best['steps']):,}" + (", cut" if best["cut"] else "")
         if len(best["steps"]) < seeds:
             steps += f", {len(best['steps'])} of {seeds} seeds"
+        if best["diverged"]:
+            steps += f", {best['diverged']} diverged"
         cells += [f"{best['lr']:g}", steps, f"{best['parameters']:,}", f"{best['state_bytes']:,}"]
         lines.append(f"| `{label}` | {' | '.join(cells)} | {reported.get(label.split()[0], '')} |")
     lines += ["", "Verdict:", ""]

@@ -61,11 +61,11 @@ def test_an_experiment_is_run_in_parts_and_judged_when_its_rows_are_there(
 class FakeRun:
     """What `best_of` reads of a run."""
 
-    def __init__(self, lr, *values):
+    def __init__(self, lr, *values, failure=""):
         test = dataclasses.make_dataclass("Test", ["name", "value"])
         self.job = dataclasses.make_dataclass("Job", ["label", "lr"])("gla", lr)
-        self.row = dataclasses.make_dataclass("Row", ["tests"])(
-            [test(f"t{i}", value) for i, value in enumerate(values)]
+        self.row = dataclasses.make_dataclass("Row", ["tests", "failure"])(
+            [test(f"t{i}", value) for i, value in enumerate(values)], failure
         )
 
 
@@ -79,6 +79,8 @@ def test_the_best_rate_counts_and_the_median_of_its_seeds(evidence):
     further = [FakeRun(1e-3, 0.999, 0.2), FakeRun(1e-2, 0.996, 0.9)]  # equally good as trained
     assert evidence_report.best_of(further)[0]["gla"]["t1"] == 0.9
     lucky = [FakeRun(1e-2, 0.95, 0.5)]  # of its rate the clock left one seed
+    assert evidence_report.best_of(first + lucky)[1] == {"gla": first}
+    lucky += [FakeRun(1e-2, None, None, failure="no number")] * 2  # and at another two diverged
     assert evidence_report.best_of(first + lucky)[1] == {"gla": first}
 
 
