@@ -380,7 +380,7 @@ def test_results_hold_curves_tests_and_what_was_left_out(finished):
     results, out = finished
     assert not results.missing
     for row in results.rows:
-        assert row.steps == 12 and row.value_steps == [6, 12] and row.loss_steps == [10, 12]
+        assert row.steps == 12 and row.value_steps == [6, 12] and row.loss_steps == [6, 10, 12]
         names = [test.name for test in row.tests]
         assert names == ["length 16", "length 32", "length 64"]
         assert row.state_bytes > 0
