@@ -22,6 +22,7 @@ from subquad.recurrence.overrides import overridable
 from subquad.recurrence.spec import Recurrence
 from subquad.recurrence.validate import check_cu_seqlens, check_shape, check_tensor, choose, fail
 
+GPU_STATES = 256  # N up to which a channel's tile of the GPU kernel is of a sensible size
 # How each form is computed, best first: "numba" walks over the tokens in compiled CPU code.
 FORMS = {"recurrent": ("numba", "reference"), "scan": ("triton", "torch")}
 IMPLS = ("reference", "torch", "numba", "triton")
@@ -64,7 +65,7 @@ def selective_scan(
         ValueError: naming the argument that does not fit, and the fix.
     """
     S = _check(x, dt, A, B, C, D, state, cu_seqlens)
-    impl = _choose_impl(form, impl, x)
+    impl = _choose_impl(form, impl, x, A.shape[1])
     if watched():
         tell(_explain(impl, x, A, S))
     precise = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -169,20 +170,21 @@ def _one_token(
     return y[:, None], last_state
 
 
-def _choose_impl(form: str, impl: str, x: Tensor) -> str:
+def _choose_impl(form: str, impl: str, x: Tensor, N: int) -> str:
     """The implementation to run, or ValueError if it does not exist for these arguments."""
     choose("form", form, ("auto", *FORMS))
     choose("impl", impl, ("auto", *IMPLS))
     fits = x.dtype != torch.float64 and can_call_operators()
-    got = f"{impl!r} with x of {x.dtype} on {x.device}"
+    got = f"{impl!r} with x of {x.dtype} on {x.device}, N = {N}"
     within = "outside forward derivatives and torch.func"
     compiled = x.device.type == "cpu" and fits
     if impl == "numba" and not compiled:
         expected = f"float32 or less on the CPU, {within}"
         raise fail("impl", got, expected, "use impl='torch' or 'auto'")
-    kernels = x.is_cuda and fits and triton_missing() is None
+    kernels = x.is_cuda and fits and N <= GPU_STATES and triton_missing() is None
     if impl == "triton" and not kernels:
-        expected = f"float32 or less on a GPU, {within}, and Triton installed"
+        limit = f"N <= {GPU_STATES}"
+        expected = f"float32 or less on a GPU, {limit}, {within}, and Triton installed"
         raise fail("impl", got, expected, "use impl='torch' or 'auto'")
     if impl != "auto":
         if form != "auto" and impl not in FORMS[form]:
