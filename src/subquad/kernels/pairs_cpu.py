@@ -20,10 +20,6 @@ from subquad.kernels.vectors_cpu import LANES, Vectors, void, whole
 BLOCK = 16  # a multiple of every ROWS and LANES of products
 
 
-def _times(builder, i: int, distance):
-    return builder.mul(whole(i), distance)
-
-
 @intrinsic
 def _scores(_, queries, keys, row, decay, K, scores):
     """queries, keys [K,c], `row` apart; decay [K,c]; scores [c,c], what is above the diagonal 0."""
