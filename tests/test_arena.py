@@ -34,7 +34,7 @@ from subquad.arena.results import RowResult, Shape, Training, difference
 from subquad.cli import app
 from subquad.mixers import MIXERS
 from subquad.models import SubquadConfig, SubquadForCausalLM
-from subquad.train import TrainConfig, evaluate, load_corpus
+from subquad.train import TrainConfig, TrainingError, evaluate, load_corpus, train
 
 ROWS = ("softmax_attention", "gla")
 
@@ -124,6 +124,24 @@ def test_of_several_learning_rates_each_row_is_shown_at_its_best(config, tmp_pat
     assert "--lr 1e-06,0.01,1e+30" in page
     assert run_arena(results.config, tmp_path) == results
     assert ArenaResults.from_json(json.loads(json.dumps(results.to_json()))) == results
+
+
+def test_a_row_whose_training_breaks_off_does_not_keep_the_others_from_theirs(
+    config, tmp_path, monkeypatch
+):
+    def break_off(settings, *args, **kwargs):
+        if settings.model["mixer"] == "softmax_attention" and args:  # not while calibrating
+            raise TrainingError("step 3: the loss is nan")
+        return train(settings, *args, **kwargs)
+
+    monkeypatch.setattr("subquad.arena.run.train", break_off)
+    results = run_arena(replace(config, steps=2, sample_tokens=2), tmp_path)
+    assert [result.name for result in results.rows] == ["gla"]
+    assert results.failures == {"softmax_attention": "step 3: the loss is nan"}
+    assert results.missing == []
+    assert ArenaResults.from_json(json.loads(json.dumps(results.to_json()))) == results
+    page = write_report(results, tmp_path).read_text("utf-8")
+    assert "softmax_attention gave up" in page and "the loss is nan" in page
 
 
 # ---- measurements

@@ -24,7 +24,9 @@ from subquad.train.command import parse_setting
 
 
 def arena_command(out: Path, given: dict[str, Any]) -> int:
-    """Run the arena of the given settings and show it; the exit status: 0, or 130 if stopped.
+    """Run the arena of the given settings and show it.
+
+    The exit status: 0, 130 if stopped, 1 if the training of a row broke off.
 
     `given`: fields of ArenaConfig as the user wrote them; `rows` and `parameters` as text.
     """
@@ -42,10 +44,12 @@ def arena_command(out: Path, given: dict[str, Any]) -> int:
     if results.rows:
         show(results, console)
     console.print(f"\n[bold]Report[/bold]  {page}", highlight=False, soft_wrap=True)
+    for row, reason in results.failures.items():
+        console.print(f"{row} gave up: {reason}", highlight=False)
     if results.missing:
         console.print(f"Stopped before: {', '.join(results.missing)}. The same command continues.")
         return 130
-    return 0
+    return 1 if results.failures else 0
 
 
 def task_command(out: Path | None, given: dict[str, Any], settings: list[str]) -> int:

@@ -224,4 +224,5 @@ def _details(results: ArenaResults) -> list[tuple[str, str]]:
             + " of the parameters",
         ),
         ("Models", "; ".join(f"{row.name}: {row.shape.description}" for row in rows)),
+        *((f"{row} gave up", reason) for row, reason in results.failures.items()),
     ]

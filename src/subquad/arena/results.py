@@ -227,10 +227,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class ArenaResults:
-    """The answer so far: finished rows, in the order asked for."""
+    """The answer so far: finished rows, in the order asked for.
+
+    failures: why training broke off, by the row; the same call tries again.
+    """
 
     plan: Plan
     rows: list[RowResult]
+    failures: dict[str, str] = field(default_factory=dict)
 
     @property
     def config(self) -> ArenaConfig:
@@ -238,7 +242,8 @@ class ArenaResults:
 
     @property
     def missing(self) -> list[str]:
-        finished = {result.name for result in self.rows}
+        """Rows not reached yet."""
+        finished = {result.name for result in self.rows} | self.failures.keys()
         return [row for row in self.config.rows if row not in finished]
 
     def to_json(self) -> dict[str, Any]:
@@ -258,6 +263,7 @@ class ArenaResults:
         return {
             "summary": summary,
             "missing": self.missing,
+            "failures": self.failures,
             "plan": asdict(self.plan),
             "rows": [asdict(result) for result in self.rows],
         }
@@ -265,7 +271,7 @@ class ArenaResults:
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "ArenaResults":
         rows = [RowResult.from_json(row) for row in record["rows"]]
-        return cls(Plan.from_json(record["plan"]), rows)
+        return cls(Plan.from_json(record["plan"]), rows, record.get("failures", {}))
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -70,7 +70,7 @@ def run_arena(
         plan = _make_plan(config, corpus, began, on_event)
         write_json(out / "plan.json", asdict(plan))
     on_event({"kind": "plan", "plan": plan})
-    finished = []
+    finished, failures = [], {}
     for entrant in config.entrants():
         folder = out / entrant.folder
         result = _read_row(folder)
@@ -79,9 +79,14 @@ def run_arena(
                 result = _run_row(entrant.label, plan, corpus, folder, on_event)
             except KeyboardInterrupt:  # between training steps `train` itself stops and saves
                 break
+            except TrainingError as error:  # the others have done nothing wrong
+                failures[entrant.label] = str(error)
+                text = f"gave up: {error}"
+                on_event({"kind": "message", "row": entrant.label, "text": text})
+                continue
         finished.append(result)
         on_event({"kind": "row", "row": entrant.label, "result": result})
-    return ArenaResults(plan, finished)
+    return ArenaResults(plan, finished, failures)
 
 
 def _make_plan(

@@ -15,9 +15,8 @@ from torch import Tensor
 from subquad.kernels.cpu import SLICE, address, at, evenly_spaced, jit, over_channels, sigmoid
 from subquad.kernels.tape import Tape, integers, kernel, real
 
-LANES = (
-    16  # partial sums of squares: shorter than one long float32 sum, and vectors to the compiler
-)
+# Partial sums of squares: shorter than one long float32 sum, and vectors to the compiler.
+LANES = 16
 
 
 @jit
