@@ -38,7 +38,7 @@ class Operator:
         self._differentiable: Any = None
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_watched():
+        if torch.compiler.is_compiling() or operations_are_watched():
             return self.op(*args)
         recorded = False
         for x in args:
@@ -81,7 +81,7 @@ def operator(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable[..., 
     return lambda launch: Operator(name, launch, mutates)
 
 
-def _is_watched() -> bool:
+def operations_are_watched() -> bool:
     """Whether a transform, a trace or a dispatch mode wants to see each operation."""
     return (
         torch._C._len_torch_dispatch_stack() > 0

@@ -13,6 +13,8 @@ from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
+from subquad.kernels.operator import operations_are_watched
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -50,12 +52,8 @@ def can_call_operators() -> bool:
 
 def _is_transformed() -> bool:
     """Within vmap, jvp, tracing or a mode, which must see every operation."""
-    return (
-        forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._is_tracing()
-        or (torch._C._len_torch_function_stack() > 0 and _shows_functions())
+    return operations_are_watched() or (
+        torch._C._len_torch_function_stack() > 0 and _shows_functions()
     )
 
 
