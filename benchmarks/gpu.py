@@ -9,9 +9,11 @@ sequences of 1k to 128k, to find the length from which a linear row is the faste
 Milliseconds of forward and of forward + backward, medians: of eager calls, and of a captured
 graph's replays, which hold no launch from Python. Beside them the memory floor (each input read
 once and each output written once, at this machine's measured copy rate), peak memory and the first
-call's seconds. fla runs with its own autotuning, its timings cut to 5 + 15 ms a
-configuration. On Triton 3.4 to 3.7.0 fla refuses the backward pass of gated chunks on Hopper, as
-a compiler fault makes its gradients wrong; `--lift-refusal` times it all the same.
+call's seconds. Peers tune themselves, their timings cut to 5 + 15 ms a configuration. As
+each operation takes a minute or two, `--side-by-side` first has a process for each compile what
+its tuning tries: the tuning that counts then runs alone and finds its kernels compiled. On Triton
+3.4 to 3.7.0 fla refuses the backward pass of gated chunks on Hopper, as a compiler fault makes its
+gradients wrong; `--lift-refusal` times it all the same.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +33,9 @@ import torch
 from torch import Tensor
 
 from subquad.kernels import matrix
+
+# fla would keep what it tuned on disk, also what was tuned beside other work.
+os.environ["FLA_CACHE_RESULTS"] = "0"
 
 SHAPES = {  # B, T, H, Hk, K, V
     "B8 T4096 H16 K128 V128": (8, 4096, 16, 16, 128, 128),
@@ -104,9 +112,13 @@ def choose_peer(name: str, gate: str, shape: tuple[int, ...]) -> Callable[..., T
     """None where the peer has no such operation."""
     if name == "ours":
         return ours
-    if name == "fla":
-        return fla(gate, shape)
-    return mamba_ssm(gate, shape) if gate == "head" and shape[3] == 1 else None
+    if not runs(name, gate, shape):
+        return None
+    return {"fla": fla, "mamba_ssm": mamba_ssm}[name](gate, shape)
+
+
+def runs(peer: str, gate: str, shape: tuple[int, ...]) -> bool:
+    return peer != "mamba_ssm" or (gate == "head" and shape[3] == 1)
 
 
 def lift_refusal() -> None:
@@ -155,10 +167,9 @@ def measure(run: Callable[..., Tensor], tensors: list, gate: Tensor | None) -> d
     from triton.testing import do_bench
 
     do = torch.randn_like(tensors[2])
-    leaves = [x for x in (*tensors, gate) if x is not None and x.requires_grad]
 
     def both() -> None:
-        torch.autograd.grad(run(*tensors, gate), leaves, do)
+        call_both(run, tensors, gate, do)
 
     torch.cuda.synchronize()
     began = time.perf_counter()
@@ -181,6 +192,11 @@ def measure(run: Callable[..., Tensor], tensors: list, gate: Tensor | None) -> d
         "peak_MiB": peak / 2**20,
         "first_call_s": first,
     }
+
+
+def call_both(run: Callable[..., Tensor], tensors: list, gate: Tensor | None, do: Tensor) -> None:
+    leaves = [x for x in (*tensors, gate) if x is not None and x.requires_grad]
+    torch.autograd.grad(run(*tensors, gate), leaves, do)
 
 
 def replayed(call: Callable[[], object]) -> float | None:
@@ -210,12 +226,19 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=["fla"], choices=["fla", "mamba_ssm"])
     parser.add_argument("--crossing", action="store_true")
     parser.add_argument("--lift-refusal", action="store_true")
+    parser.add_argument("--side-by-side", action="store_true")
+    parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     args = parser.parse_args()
     shorten_autotuning()
     if args.lift_refusal:
         lift_refusal()
 
+    if args.compile_only:
+        compile_peers(args)
+        return
+    if args.side_by_side:
+        compile_side_by_side(args)
     rate = copy_rate()
     report = describe_run(args.peers) | {"copy_TB_per_s": rate / 1e12, "rows": []}
     for row in crossing() if args.crossing else against_peers(args, rate):
@@ -224,17 +247,47 @@ def main() -> None:
         torch.cuda.empty_cache()
 
 
-def against_peers(args: argparse.Namespace, rate: float) -> Iterator[dict]:
-    for name in [list(SHAPES)[i] for i in args.shapes]:
+def rows(args: argparse.Namespace) -> Iterator[tuple[int, str, str]]:
+    """(number of the shape, its name, gate) of all that was asked for."""
+    for number in args.shapes:
+        name = list(SHAPES)[number]
         for gate in args.gates:
-            if "Mamba" in name and gate != "head":
+            if "Mamba" not in name or gate == "head":
+                yield number, name, gate
+
+
+def against_peers(args: argparse.Namespace, rate: float) -> Iterator[dict]:
+    for _, name, gate in rows(args):
+        tensors, log_decay = inputs(SHAPES[name], gate)
+        row = {"shape": name, "gate": gate, "floor_ms": floor_ms(tensors, log_decay, rate)}
+        for peer in ("ours", *args.peers):
+            row |= measured(peer, choose_peer(peer, gate, SHAPES[name]), tensors, log_decay)
+            print(name, gate, peer, row.get(peer), flush=True)
+        yield row
+
+
+def compile_side_by_side(args: argparse.Namespace) -> None:
+    """Fill Triton's cache with all that the peers' tuning tries, an operation a process."""
+    children = []
+    for number, name, gate in rows(args):
+        for peer in args.peers:
+            if not runs(peer, gate, SHAPES[name]):
                 continue
+            what = ["--shapes", str(number), "--gates", gate, "--peers", peer, "--compile-only"]
+            lift = ["--lift-refusal"] * args.lift_refusal
+            children.append(subprocess.Popen([sys.executable, __file__, *what, *lift]))
+    began = time.perf_counter()
+    for child in children:
+        child.wait()  # one that failed is told of when it is measured
+    print(f"compiled side by side in {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def compile_peers(args: argparse.Namespace) -> None:
+    for _, name, gate in rows(args):
+        for peer in args.peers:
             tensors, log_decay = inputs(SHAPES[name], gate)
-            row = {"shape": name, "gate": gate, "floor_ms": floor_ms(tensors, log_decay, rate)}
-            for peer in ("ours", *args.peers):
-                row |= measured(peer, choose_peer(peer, gate, SHAPES[name]), tensors, log_decay)
-                print(name, gate, peer, row.get(peer), flush=True)
-            yield row
+            run = choose_peer(peer, gate, SHAPES[name])
+            call_both(run, tensors, log_decay, torch.randn_like(tensors[2]))
 
 
 def crossing() -> Iterator[dict]:
