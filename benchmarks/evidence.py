@@ -17,14 +17,22 @@ from pathlib import Path
 
 from evidence_jobs import Job, Part, run_side_by_side
 from evidence_report import Run, write
-from experiments import EXPERIMENTS
 
 
-def run_in_turn(jobs: list[Job], only: list[str], work: Path) -> list[Run]:
-    """Run what is not yet there; returns all that is."""
+def chosen(jobs: list[Job], only: str) -> list[Job]:
+    """The jobs of these rows, or of a row at one width (`mamba d=32`); all where none is named."""
+    names = {name.strip() for name in only.split(",") if name.strip()}
+    known = dict.fromkeys(name for job in jobs for name in (job.row, job.label))
+    if not names <= set(known):
+        raise SystemExit(f"--only: got {only!r}; expected some of {', '.join(known)}")
+    return [job for job in jobs if not names or names & {job.row, job.label}]
+
+
+def run_in_turn(jobs: list[Job], asked: list[Job], work: Path) -> list[Run]:
+    """Run what is asked and not yet there; returns all that is there."""
     found = []
     for job in jobs:
-        if only and job.row not in only and not job.is_done(work):
+        if job not in asked and not job.is_done(work):
             continue
         if not job.is_done(work):
             print(f"{job.part.label}: {job.place}", flush=True)
@@ -45,7 +53,7 @@ def main() -> None:
     rest = {"steps": args.steps, "lrs": lrs or None, "seeds": seeds or None}
     parts = [Part.parse(text, args.size, args.device, **rest) for text in args.experiments]
     jobs = [job for part in parts for job in part.jobs()]
-    only = [row.strip() for row in args.only.split(",") if row.strip()]
+    asked = chosen(jobs, args.only)
     if args.place:
         (job,) = (job for job in jobs if job.place == args.place)
         job.run(args.work, args.until and args.until - time.time())
@@ -53,7 +61,7 @@ def main() -> None:
     if args.jobs or args.cpu_jobs:
         gpus = args.gpus.split(",")
         slots = [gpus[i % len(gpus)] for i in range(args.jobs)] + ["cpu"] * args.cpu_jobs
-        asked = [j for j in jobs if not j.is_done(args.work) and (not only or j.row in only)]
+        asked = [job for job in asked if not job.is_done(args.work)]
         left = run_side_by_side(asked, args.work, slots, args.deadline, args.reserve)
         print(f"{len(left)} of {len(asked)} are not finished: {[job.place for job in left]}")
         return
@@ -62,10 +70,9 @@ def main() -> None:
         if args.report:
             found = [Run(job, job.run(args.work)) for job in mine if job.is_done(args.work)]
         else:
-            found = run_in_turn(mine, only, args.work)
+            found = run_in_turn(mine, asked, args.work)
         if not found:
-            rows = ", ".join(EXPERIMENTS[part.name].rows)
-            raise SystemExit(f"--only: got {args.only!r}; expected some of {rows}")
+            raise SystemExit(f"{part.label}: nothing is there to report under {args.work}")
         write(part, found, args.out)
 
 
@@ -74,7 +81,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("experiments", nargs="+", help="NAME, NAME:SIZE or NAME:SIZE@DEVICE")
     parser.add_argument("--size", default="small", help="where a name has none of its own")
     parser.add_argument("--device", default="auto", help="likewise")
-    parser.add_argument("--only", default="", help="run these rows only; report what is there")
+    parser.add_argument(
+        "--only", default="", help="run these rows, or rows at a width (mamba d=32), only"
+    )
     parser.add_argument("--report", action="store_true", help="run nothing, report what is there")
     parser.add_argument("--steps", type=int, help="instead of the recipe's; goes into the names")
     parser.add_argument("--lrs", default="", help="likewise, with commas between")

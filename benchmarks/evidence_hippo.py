@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from evidence_report import save
 
 from subquad import tasks
 from subquad.arena.folder import describe_machine
@@ -136,4 +137,4 @@ def plot(record: dict[str, Any], file: Path) -> None:
     axes.set_ylabel("NMSE of the whole past")
     axes.set_title(f"HiPPO-LegS, {record['task']['length']:,} samples")
     axes.legend()
-    figure.savefig(file, metadata={"Date": None})
+    save(figure, file)

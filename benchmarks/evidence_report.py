@@ -4,13 +4,16 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evidence_jobs import Job, Part
 from experiments import EXPERIMENTS, Experiment, Values, at
 
 from subquad.arena.results import write_atomically, write_json
 from subquad.arena.task_results import TaskArenaResults, TaskPlan, TaskRowResult
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _CURVE = 100  # points of a learning curve that are kept
 
@@ -242,7 +245,15 @@ def plot(
     axes.set_ylabel(experiment.quantity)
     axes.set_title(title)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(file, metadata={"Date": None})
+    save(figure, file)
+
+
+def save(figure: "Figure", file: Path) -> None:
+    """As SVG, the same bytes for the same numbers: no date, and no random ids."""
+    from matplotlib import rc_context
+
+    with rc_context({"svg.hashsalt": file.stem}):
+        figure.savefig(file, metadata={"Date": None, "Creator": None})
 
 
 Points = list[tuple[float, float]]

@@ -28,7 +28,7 @@ def test_an_experiment_is_run_in_parts_and_judged_when_its_rows_are_there(
     import experiments
 
     small = dataclasses.replace(
-        evidence.EXPERIMENTS["parity"],
+        experiments.EXPERIMENTS["parity"],
         rows=("deltanet:allow_negative_eigenvalues", "deltanet"),
         sizes={"small": experiments.Size((tiny,), note="Tiny.")},
         claims=(
@@ -36,7 +36,7 @@ def test_an_experiment_is_run_in_parts_and_judged_when_its_rows_are_there(
             ("the other is there", lambda v: experiments.at(v, small.rows[0], 0) > -2),
         ),
     )
-    monkeypatch.setitem(evidence.EXPERIMENTS, "parity", small)
+    monkeypatch.setitem(experiments.EXPERIMENTS, "parity", small)
 
     def run(*words: str) -> dict:
         places = ("--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"))
@@ -53,9 +53,12 @@ def test_an_experiment_is_run_in_parts_and_judged_when_its_rows_are_there(
     assert whole["runs"][0] == part["runs"][0]  # read back, not run again
     assert whole["runs"][0]["config"]["steps"] == 3
     assert all(one["environment"]["device"] == "cpu" for one in whole["runs"])
+    drawing = (tmp_path / "out" / "parity-small-3-steps.svg").read_bytes()
+    run("--report")
+    assert drawing == (tmp_path / "out" / "parity-small-3-steps.svg").read_bytes()
     page = (tmp_path / "out" / "parity-small-3-steps.md").read_text()
     assert "Tiny. 3 steps only." in page and "the one learns: **does not hold**" in page
-    assert (tmp_path / "out" / "parity-small-3-steps.svg").exists()
+    assert drawing.startswith(b"<?xml")
 
 
 class FakeRun:
@@ -134,8 +137,19 @@ def test_jobs_run_side_by_side_until_the_deadline(evidence, monkeypatch, tmp_pat
     assert "0 of 2 are not finished" in told and told.count("2 steps of") == 2
     assert len(list(work.glob("parity-small-2-steps/*/*/result.json"))) == 2
     assert "0 of 0" in run(*asked)  # nothing runs again
+    with pytest.raises(SystemExit, match=r"--only: got 'glaa'; expected some of deltanet:allow"):
+        run("--only", "glaa", "--cpu-jobs", "1")
     page = run("--report")
     assert "Not run, or cut off too early to count: deltanet" in page and "| `gla` |" in page
+
+
+def test_a_row_is_asked_for_at_every_width_or_at_one(evidence):
+    import evidence_jobs
+
+    jobs = list(evidence_jobs.Part.parse("mqar:medium", "", "cpu", lrs=(0.01,)).jobs())
+    asked = evidence.chosen(jobs, "gla, mamba d=32")
+    assert sorted(job.label for job in asked) == ["gla d=128", "gla d=32", "gla d=64", "mamba d=32"]
+    assert evidence.chosen(jobs, "") == jobs
 
 
 def test_what_cannot_be_run_is_refused_by_name(evidence):
@@ -152,9 +166,11 @@ def test_what_cannot_be_run_is_refused_by_name(evidence):
 
 def test_every_size_of_every_experiment_can_be_planned(evidence):
     """No experiment fails after hours for a setting that could not be."""
+    import experiments
+
     from subquad.arena.task_results import TaskArenaConfig
 
-    for name, experiment in evidence.EXPERIMENTS.items():
+    for name, experiment in experiments.EXPERIMENTS.items():
         for size in experiment.sizes.values():
             for settings in size.settings:
                 config = TaskArenaConfig(task=name, rows=experiment.rows, **settings)

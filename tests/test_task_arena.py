@@ -572,6 +572,23 @@ def test_scaling_finds_what_is_exact_and_reports_it(tmp_path):
     assert "O(T²·d)" in text and "O(H·K·V)" in text and "…" not in text
 
 
+def test_a_series_ends_where_memory_does_and_rows_are_kept_one_by_one(monkeypatch):
+    from subquad.arena import scaling
+
+    def measure(row, tokens, width, config):
+        if (row, tokens) == ("gla", 64):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return scaling.Point(tokens, width, 0.1, 1, 0.1, 1)
+
+    monkeypatch.setattr(scaling, "measure_point", measure)
+    config = ScalingConfig(rows=("gla", "mamba"), tokens=(32, 64, 128), widths=(8, 16, 32))
+    kept = []
+    record = run_scaling(config, on_row=lambda record: kept.append(len(record["rows"])))
+    assert kept == [1, 2]
+    assert [len(row["in_tokens"]) for row in record["rows"]] == [1, 3]
+    assert [len(row["in_width"]) for row in record["rows"]] == [3, 3]
+
+
 def test_a_series_ends_where_it_takes_too_long():
     config = ScalingConfig(
         rows=("gla",), tokens=(16, 32, 64), widths=(32, 64, 128), length=16, seconds=1e-9, repeats=1

@@ -11,7 +11,7 @@ from subquad import tasks
 from subquad.arena.entrants import split_rows
 from subquad.arena.progress import ArenaProgress
 from subquad.arena.report import learning_rates, terminal_table, write_report
-from subquad.arena.results import ArenaConfig, ArenaResults
+from subquad.arena.results import ArenaConfig, ArenaResults, write_json
 from subquad.arena.run import run_arena
 from subquad.arena.scaling import ScalingConfig, run_scaling, write_scaling
 from subquad.arena.scaling_report import scaling_table
@@ -114,7 +114,11 @@ def scaling_command(out: Path, given: dict[str, Any], settings: list[str]) -> No
         given[name] = value
     config, console = ScalingConfig(**given), Console()
     with console.status("measuring") as status:
-        record = run_scaling(config, lambda text: status.update(f"measuring {text}"))
+        record = run_scaling(
+            config,
+            lambda text: status.update(f"measuring {text}"),
+            lambda measured: write_json(out / "scaling.json", measured),
+        )
     page = write_scaling(record, out)
     for variable in ("T", "d"):
         console.print(scaling_table(record, variable))

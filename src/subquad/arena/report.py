@@ -114,14 +114,14 @@ def learning_rates(results: ArenaResults) -> str:
     """Which each row was trained at, and where several were tried, how it did at each."""
     rates = results.config.rates
     if len(rates) == 1:
-        return f"{rates[0]:g} at its peak, for every row"
+        return f"{rates[0]} at its peak, for every row"
     told = []
     for result in results.rows:
         ends = ", ".join(
-            f"{a.lr:g}: {'broke off' if a.bits_per_byte is None else f'{a.bits_per_byte:.3f}'}"
+            f"{a.lr}: {'broke off' if a.bits_per_byte is None else f'{a.bits_per_byte:.3f}'}"
             for a in result.attempts
         )
-        told.append(f"{result.name} {result.lr:g} ({ends})")
+        told.append(f"{result.name} {result.lr} ({ends})")
     return (
         "each row's best of several, by bits per byte over the last tenth of its training: "
         + "; ".join(told)

@@ -156,9 +156,9 @@ def _train_row(
     rates, attempts = plan.config.rates, []
     best, least = None, math.inf
     for lr in rates:
-        own = folder if len(rates) == 1 else folder / f"lr={lr:g}"
+        own = folder if len(rates) == 1 else folder / f"lr={lr}"
         if len(rates) > 1:
-            on_event({"kind": "measure", "row": row, "what": f"learning rate {lr:g}"})
+            on_event({"kind": "measure", "row": row, "what": f"learning rate {lr}"})
         try:
             trained = train(
                 _train_config(plan.config, plan.shapes[row], plan.steps, lr),

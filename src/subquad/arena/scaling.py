@@ -25,6 +25,7 @@ from torch import Tensor
 
 from subquad.arena.entrants import check_rows
 from subquad.arena.folder import describe_machine
+from subquad.arena.results import write_atomically, write_json
 from subquad.mixers import MIXERS, Mixer
 from subquad.models.device import pick_device
 from subquad.recurrence import ROWS
@@ -42,6 +43,7 @@ class ScalingConfig:
     tokens:    T, at the width `width`; at least three and rising.
     widths:    d, at `length` tokens.
     seconds:   a point that takes longer than this ends its series: the next would take longer.
+               So does one that a GPU has no room for.
     repeats:   timings of a point; the median counts.
     """
 
@@ -135,16 +137,25 @@ def fit_exponent(x: Sequence[float], y: Sequence[float]) -> Exponent | None:
 
 
 def run_scaling(
-    config: ScalingConfig, on_event: Callable[[str], None] = lambda text: None
+    config: ScalingConfig,
+    on_event: Callable[[str], None] = lambda text: None,
+    on_row: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> dict[str, Any]:
-    """Measure every row; returns what goes to JSON. `on_event` is told what is being measured."""
+    """Measure every row; returns what goes to JSON.
+
+    `on_event` is told what is being measured; `on_row` is given the record after every row, so
+    that what is measured can be kept before all is.
+    """
     rows = config.rows or tuple(name for name in ROWS if name in MIXERS)
-    results = [measure_row(row, config, on_event) for row in rows]
-    return {
+    record: dict[str, Any] = {
         "environment": describe_machine(config.device),
         "config": asdict(config),
-        "rows": [result.to_json() for result in results],
+        "rows": [],
     }
+    for row in rows:
+        record["rows"].append(measure_row(row, config, on_event).to_json())
+        on_row(record)
+    return record
 
 
 def scaling_from_json(record: dict[str, Any]) -> list[RowScaling]:
@@ -171,7 +182,11 @@ def measure_row(
     for variable, wanted in sizes.items():
         for tokens, width in wanted:
             on_event(f"{row}: T = {tokens}, d = {width}")
-            point = measure_point(row, tokens, width, config)
+            try:
+                point = measure_point(row, tokens, width, config)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                break
             series[variable].append(point)
             if point.train_seconds > config.seconds:
                 break
@@ -242,7 +257,6 @@ def _now(device: torch.device) -> float:
 
 def write_scaling(record: dict[str, Any], folder: Path) -> Path:
     """scaling.json and report.html in `folder`; returns the page's path."""
-    from subquad.arena.results import write_atomically, write_json
     from subquad.arena.scaling_report import render_scaling
 
     write_json(folder / "scaling.json", record)
