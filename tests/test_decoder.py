@@ -6,6 +6,7 @@
 import copy
 import os
 import pickle
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -289,18 +290,38 @@ def test_the_number_of_threads_changes_nothing(threads):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_child_decodes():
-    model = build(["gla"])
-    want = decode(model)
-    child = os.fork()
-    if child == 0:
-        try:
-            torch.set_num_threads(1)  # torch's own OpenMP does not outlive a fork, and would hang
-            same = close(decode(model), want)  # other threads, other sums
-            os._exit(0 if same and team()._process == os.getpid() else 1)
-        finally:
-            os._exit(2)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+def test_a_forked_child_computes():
+    """Of OpenMP's team and of ours it inherits no thread, and would wait for them for ever."""
+    model, large = build(["gla", "mamba", "softmax_attention"]), torch.ones(1 << 20)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        want = decode(model)
+        assert large.exp().isfinite().all()  # torch, too, has begun with two threads
+        child = os.fork()
+        if child == 0:
+            os._exit(_compute_in_a_child(model, large, want))
+        until = time.monotonic() + 60
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < until:
+            time.sleep(0.01)
+        if ended == (0, 0):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            pytest.fail("the child hangs")
+        assert os.waitstatus_to_exitcode(ended[1]) == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+def _compute_in_a_child(model: SubquadForCausalLM, large: Tensor, want: Tensor) -> int:
+    """The child's exit status: 0 if all is well."""
+    try:
+        same = close(decode(model), want)  # other threads, other sums
+        model(IDS, labels=IDS).loss.backward()
+        ours = team()._process == os.getpid()
+        return 0 if same and ours and bool(large.exp().isfinite().all()) else 1
+    except BaseException:
+        return 2
 
 
 @pytest.mark.parametrize("bias", [False, True])

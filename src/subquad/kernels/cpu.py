@@ -148,9 +148,14 @@ _forked = False
 
 
 def _forget_threads() -> None:
-    """A forked child inherits the pool object and OpenMP's team, but none of their threads."""
+    """A forked child inherits the pool object and OpenMP's team, but none of their threads.
+
+    torch would wait for that team for ever, at its first operation that is worth two threads. We
+    enter it as well, so we see to it that a child computes on one, like torch's DataLoader workers.
+    """
     global _pool, _forked
     _pool, _forked = None, True
+    torch.set_num_threads(1)
 
 
 if hasattr(os, "register_at_fork"):
