@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from subquad.recurrence.eager import can_call_compiled_code
-from subquad.recurrence.norm import gated_rms_norm, l2_norm, rms_norm
+from subquad.recurrence.norm import gated_rms_norm, l2_norm, rms_norm, skipped_gated_rms_norm
 
 EPS = 1e-5
 # (leading axes, D, size of a group): one token, several, odd sizes, and enough for the threads.
@@ -92,6 +93,41 @@ def test_shapes_that_do_not_fit_are_not_read_past_their_end():
     first = gated_rms_norm(x, gate, 8, None, EPS, gate_first=True)
     whole = gated_rms_norm(x, gate.repeat(1, 1, 8), 8, None, EPS, gate_first=True)
     torch.testing.assert_close(first, whole)
-    for function in (lambda: rms_norm(x, 8, torch.ones(7), EPS), lambda: l2_norm(x, 5)):
-        with pytest.raises(RuntimeError):
-            function()
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["compiled", "torch"])
+def test_what_does_not_fit_is_named(recorded):
+    x, gate = torch.randn(2, 3, 8, requires_grad=recorded), torch.randn(2, 3, 8)
+    empty = x[..., :0]
+    y, skip = x.unflatten(-1, (2, 4)), torch.ones(2)
+    for size in (0, -4, 5, 16):
+        for function in (
+            lambda n: rms_norm(x, n, None, EPS),
+            lambda n: gated_rms_norm(x, gate, n, None, EPS, gate_first=True),
+            lambda n: gated_rms_norm(x, gate, n, None, EPS, gate_first=False),
+            lambda n: skipped_gated_rms_norm(y, y, skip, gate, n, None, EPS),
+            lambda n: l2_norm(x, n),
+        ):
+            with pytest.raises(ValueError, match=rf"^size: got {size}; .*last axis, 8\. Fix: "):
+                function(size)
+    with pytest.raises(ValueError, match=r"^size: got 0; .*last axis, 0\. Fix: "):
+        rms_norm(empty, 0, None, EPS)
+    for weight in (torch.ones(7), torch.ones(8, 1), torch.ones(1)):
+        with pytest.raises(ValueError, match=r"^weight: got shape .*; expected \[4\] or \[8\]"):
+            rms_norm(x, 4, weight, EPS)
+
+
+def test_leaving_mamba2s_recurrence_is_one_call_to_who_watches():
+    seen = []
+
+    class Watcher(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    y, x, gate = (torch.randn(2, 5, 3, 4) for _ in range(3))
+    given = (y, x, torch.randn(3), gate.flatten(-2), 6, torch.randn(12), EPS)
+    with Watcher():
+        got = skipped_gated_rms_norm(*given)
+    assert seen == [skipped_gated_rms_norm]
+    assert torch.equal(got, skipped_gated_rms_norm(*given))

@@ -15,8 +15,8 @@ from torch import Tensor
 from subquad.recurrence import api, diagonal
 from subquad.recurrence.convolution import short_convolution
 from subquad.recurrence.linear import linear
-from subquad.recurrence.norm import gated_rms_norm, l2_norm, rms_norm
-from subquad.recurrence.operations import Recorder, Untraceable
+from subquad.recurrence.norm import gated_rms_norm, l2_norm, rms_norm, skipped_gated_rms_norm
+from subquad.recurrence.operations import OPERATIONS, Recorder, Untraceable
 from subquad.recurrence.reference import Erase, parts
 
 
@@ -50,6 +50,22 @@ def _gated_rms_norm(
     return _norm(r, x, gate, size, weight, eps, gate_first)
 
 
+def _skipped_gated_rms_norm(
+    r: Recorder,
+    y: Tensor,
+    x: Tensor,
+    skip: Tensor,
+    gate: Tensor,
+    size: int,
+    weight: Tensor | None,
+    eps: float,
+) -> Tensor:
+    _expect("x", x, y.shape)
+    _expect("skip", skip, y.shape[-2:-1])
+    skipped: Tensor = OPERATIONS[torch.addcmul](r, y, x, skip[:, None])
+    return _norm(r, skipped.flatten(-2), gate, size, weight, eps, gate_first=True)
+
+
 def _l2_norm(r: Recorder, x: Tensor, size: int, eps: float = 1e-6) -> Tensor:
     return _norm(r, x, None, size, None, eps / size, scale=size**-0.5)
 
@@ -67,7 +83,7 @@ def _norm(
     from subquad.kernels import norm_cpu as kernels
 
     D = x.shape[-1]
-    if D % size:
+    if size < 1 or D % size:
         raise Untraceable(f"a norm of {size} numbers each of {D}")
     if weight is not None and weight.numel() != size:
         _expect("weight", weight, (D,))
@@ -181,6 +197,7 @@ ENGINES: dict[Any, Callable[..., Any]] = {
     linear: _linear,
     rms_norm: _rms_norm,
     gated_rms_norm: _gated_rms_norm,
+    skipped_gated_rms_norm: _skipped_gated_rms_norm,
     l2_norm: _l2_norm,
     short_convolution: _short_convolution,
     api.linear_recurrence: _linear_recurrence,

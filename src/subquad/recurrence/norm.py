@@ -14,6 +14,7 @@ from torch import Tensor
 from subquad.recurrence.eager import can_call_compiled_code
 from subquad.recurrence.gpu import can_call_kernels
 from subquad.recurrence.overrides import overridable
+from subquad.recurrence.validate import fail
 
 
 @overridable
@@ -33,6 +34,9 @@ def rms_norm(
 
     Returns:
         [..., D]; the sums are float32 or wider.
+
+    Raises:
+        ValueError: for a size that does not divide D, or a weight of another length.
     """
     if x.is_cuda and _has_kernel(size, x, weight):
         return _on_gpu(x, size, weight, None, False, eps, 1.0, dtype)
@@ -63,6 +67,7 @@ def gated_rms_norm(
     return _plain(x, size, weight, eps) * F.silu(gate)
 
 
+@overridable
 def skipped_gated_rms_norm(
     y: Tensor, x: Tensor, skip: Tensor, gate: Tensor, size: int, weight: Tensor | None, eps: float
 ) -> Tensor:
@@ -77,12 +82,15 @@ def skipped_gated_rms_norm(
 
     The others are `rms_norm`'s, over the H*P channels of all heads. Returns [..., H*P].
     """
-    if y.is_cuda and _has_kernel(size, y, weight, gate, x, skip):
-        from subquad.kernels import norm
+    if y.is_cuda and y.shape == x.shape and skip.shape == y.shape[-2:-1]:
+        flat = y.flatten(-2)
+        if _has_kernel(size, flat, weight, gate, x, skip):
+            from subquad.kernels import norm
 
-        given = (y.flatten(-2), gate, weight, x.flatten(-2), skip)
-        out: Tensor = norm.norm(*given, size, True, eps, 1.0, None)
-        return out
+            out: Tensor = norm.norm(
+                flat, gate, weight, x.flatten(-2), skip, size, True, eps, 1.0, None
+            )
+            return out
     flat = torch.addcmul(y, x, skip[:, None].to(x.dtype)).flatten(-2)
     return gated_rms_norm(flat, gate, size, weight, eps, gate_first=True)
 
@@ -101,6 +109,7 @@ def l2_norm(x: Tensor, size: int, eps: float = 1e-6) -> Tensor:
         return _compiled(x, size, None, None, False, eps / size, size**-0.5)
     if x.is_cuda and _has_kernel(size, x):
         return _on_gpu(x, size, None, None, False, eps / size, size**-0.5)
+    _check(x, size, None)
     x = x.unflatten(-1, (-1, size))
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
@@ -108,6 +117,7 @@ def l2_norm(x: Tensor, size: int, eps: float = 1e-6) -> Tensor:
 
 
 def _plain(x: Tensor, size: int, weight: Tensor | None, eps: float) -> Tensor:
+    _check(x, size, weight)
     if size == x.shape[-1]:
         return F.rms_norm(x, (size,), weight, eps)
     parts = x.unflatten(-1, (-1, size))
@@ -116,14 +126,29 @@ def _plain(x: Tensor, size: int, weight: Tensor | None, eps: float) -> Tensor:
     return F.rms_norm(parts, (size,), None, eps).flatten(-2) * weight
 
 
+def _check(x: Tensor, size: int, weight: Tensor | None) -> None:
+    """Asked where no kernel ran: kernels take nothing that does not fit."""
+    D = x.shape[-1]
+    if size < 1 or D % size:
+        fix = "normalise the whole axis, or groups of equal size"
+        raise fail("size", size, f"at least 1, and a divisor of x's last axis, {D}", fix)
+    if weight is not None and weight.shape not in ((size,), (D,)):
+        fix = "give a weight for each number that is normalised together, or for each channel"
+        raise fail("weight", f"shape {tuple(weight.shape)}", f"[{size}] or [{D}]", fix)
+
+
+def _fits(size: int, x: Tensor, weight: Tensor | None, gate: Tensor | None) -> bool:
+    """Whether kernels, which trust shapes, may be given these. PyTorch broadcasts a gate."""
+    D = x.shape[-1]
+    fits = size > 0 and D % size == 0 and (gate is None or gate.shape == x.shape)
+    return fits and (weight is None or weight.shape in ((size,), (D,)))
+
+
 def _compiles(
     size: int, x: Tensor, weight: Tensor | None = None, gate: Tensor | None = None
 ) -> bool:
-    """Shapes that do not fit are left to PyTorch: it broadcasts them, or says what is wrong."""
-    D = x.shape[-1]
-    fits = D % size == 0 and (gate is None or gate.shape == x.shape)
-    fits = fits and (weight is None or weight.shape in ((size,), (D,)))
-    return fits and can_call_compiled_code(t for t in (x, weight, gate) if t is not None)
+    given = (t for t in (x, weight, gate) if t is not None)
+    return _fits(size, x, weight, gate) and can_call_compiled_code(given)
 
 
 def _compiled(
@@ -141,10 +166,21 @@ def _compiled(
     return y
 
 
-def _has_kernel(size: int, *tensors: Tensor | None) -> bool:
+def _has_kernel(
+    size: int,
+    x: Tensor,
+    weight: Tensor | None = None,
+    gate: Tensor | None = None,
+    *others: Tensor,
+) -> bool:
     from subquad.kernels import norm
 
-    return can_call_kernels(tensors) and norm.supported(size, *tensors) is None
+    given = (x, weight, gate, *others)
+    return (
+        _fits(size, x, weight, gate)
+        and can_call_kernels(given)
+        and norm.supported(size, *given) is None
+    )
 
 
 def _on_gpu(
