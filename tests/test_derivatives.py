@@ -209,3 +209,46 @@ def test_a_hessian_of_a_model_times_a_vector(row):
     model.double()
     due = product()
     assert (found - due).norm() <= 1e-4 * due.norm()
+
+
+@pytest.mark.parametrize("gates", [(), (1, T, H), (1, T, H, K)], ids=str)
+def test_autocast_around_a_backward_pass_changes_no_gradient(gates):
+    torch.manual_seed(0)
+    leaves = [torch.randn(1, T, H, K, requires_grad=True) for _ in range(3)]
+    log_decay = -torch.rand(gates) if gates else None
+
+    def gradients(autocast: bool, create_graph: bool):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            o, _ = linear_recurrence(*leaves, log_decay=log_decay)
+            return torch.autograd.grad(o.square().sum(), leaves, create_graph=create_graph)
+
+    want = gradients(autocast=False, create_graph=False)
+    due = torch.autograd.grad(sum(map(torch.sum, gradients(False, True))), leaves)
+    first = gradients(autocast=True, create_graph=True)
+    second = torch.autograd.grad(sum(map(torch.sum, first)), leaves)
+    for a, b in zip((*first, *second), (*want, *due), strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, PACKED], ids=["rows", "packed"])
+def test_an_exported_program_has_gradients(cu_seqlens):
+    """Also one that was exported with inputs of which none were to be asked for."""
+    torch.manual_seed(0)
+
+    class Layer(torch.nn.Module):
+        def forward(self, x, k, g, A, cu_seqlens):
+            dt = torch.sigmoid(g)
+            y, _ = selective_scan(x, dt, A, k, k, cu_seqlens=cu_seqlens)
+            q, v = (t.unflatten(-1, (H, -1)) for t in (k, y))
+            return linear_recurrence(q, q, v, log_decay=-dt[..., :H], cu_seqlens=cu_seqlens)[0]
+
+    x, k, g = torch.randn(1, T, 6), 0.3 * torch.randn(1, T, 4), torch.randn(1, T, 6)
+    given = (x, k, g, -torch.rand(6, 4), cu_seqlens)
+    program = torch.export.export(Layer(), given).module()
+    found = []
+    for layer in (program, Layer()):
+        leaves = [t.clone().requires_grad_() for t in given[:4]]
+        layer(*leaves, cu_seqlens).square().sum().backward()
+        found.append([t.grad for t in leaves])
+    for a, b in zip(*found, strict=True):
+        assert b.norm() > 0 and (a - b).norm() <= 1e-6 * b.norm()

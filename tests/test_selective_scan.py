@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from subquad.recurrence.diagonal import _scan_op, selective_scan
+from subquad.recurrence.diagonal import _scan_backward_op, _scan_op, selective_scan
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "state")
 BOUNDS = [0, 1, 3, 35, 67, 131]
@@ -241,10 +241,14 @@ def test_a_form_alone_can_be_asked_for(form, dtype):
 
 
 @pytest.mark.parametrize("impl", ["numba", "torch"])
-def test_a_backward_pass_is_refused_where_the_forward_pass_kept_nothing_for_it(impl):
+def test_a_backward_pass_for_which_nothing_was_kept(impl):
     """As of a program that was exported with inputs that require no gradient."""
-    given = [t.detach().float() for t in inputs(1, 70).values()]
-    given[1].requires_grad_()
-    y, _, _ = _scan_op(*given, None, impl, False)
-    with pytest.raises(RuntimeError, match=r"^checkpoints: got none"):
-        y.sum().backward()
+    leaves = [t.detach().float().requires_grad_() for t in inputs(1, 70).values()]
+    found = []
+    for save in (True, False):
+        y, last, _ = _scan_op(*leaves, None, impl, save)
+        found.append(torch.autograd.grad(y.sum() + last.sum(), leaves))
+    assert all(map(torch.equal, *found))
+    none = _scan_op(*leaves, None, impl, False)[2]
+    with pytest.raises(RuntimeError, match=r"^checkpoints: got none"):  # rather than read them
+        _scan_backward_op(y, last, *leaves, None, none, impl)

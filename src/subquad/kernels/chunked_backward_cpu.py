@@ -122,7 +122,7 @@ def backward(
     if starts.shape[0] < x.chunks[-1]:  # which compiled code would read all the same
         raise RuntimeError(
             f"starts: got {starts.shape[0]}; expected {x.chunks[-1]}, one a chunk. "
-            "Fix: give the forward pass `kept` where a gradient will be asked for."
+            "Fix: call the forward pass with as many to be kept."
         )
     M = int(x.bounds[-1])
     dq, dk = v.new_empty(x.parts, M, x.Hk * x.K), v.new_empty(x.parts, M, x.Hk * x.K)

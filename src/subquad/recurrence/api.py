@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
 from subquad.recurrence import compiled, forms, reference
+from subquad.recurrence.autocast import no_autocast
 from subquad.recurrence.call import Call
 from subquad.recurrence.explanation import Explanation, tell, watched
 from subquad.recurrence.gpu import may_overwrite
@@ -130,7 +129,7 @@ def _run(call: Call, plan: Plan) -> tuple[Tensor, Tensor]:
         return _one_token_gpu(call) if plan.form == "recurrent" else _chunked_gpu(call)
     if plan.impl == "numba" and plan.form == "recurrent":
         return _one_token(call)
-    with _no_autocast(call.q.device.type):
+    with no_autocast(call.q.device.type):
         return _chunked_cpu(call) if plan.impl == "numba" else _in_torch(call, plan)
 
 
@@ -149,7 +148,7 @@ def _chunked_gpu(call: Call) -> tuple[Tensor, Tensor]:
     from subquad.kernels import matrix
 
     given = (call.q, call.k, call.v, call.log_decay, call.bonus, call.scale)
-    with _no_autocast(call.q.device.type):
+    with no_autocast(call.q.device.type):
         o, final = matrix.linear_recurrence(*given, call.state, call.cu_seqlens)
         return o.to(call.v.dtype), final
 
@@ -208,10 +207,3 @@ def _cast(erase: Erase, dtype: torch.dtype) -> Erase:
     if isinstance(erase, LowRank):
         return LowRank(erase.a.to(dtype), erase.b.to(dtype))
     return None
-
-
-def _no_autocast(device_type: str) -> torch.autocast | nullcontext[None]:
-    """Decays and states lose their meaning in bfloat16: leave autocast for the call."""
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()

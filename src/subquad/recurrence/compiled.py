@@ -138,6 +138,10 @@ def _gradients(ctx, do, dfinal, _):  # type: ignore[no-untyped-def]
 
         found = recorded_gradients(form, (q, k, v, log_decay, beta, state), (do, dfinal))
         return *found[:5], None, found[5], None, None
+    if starts.shape[0] == 0:  # traced or exported where no gradient was to be asked for
+        kept = _most_chunks(q, cu_seqlens)
+        given = (q, k, v, log_decay, beta, ctx.scale, state, cu_seqlens, kept)
+        starts = _chunked(*given)[2]
     do = torch.zeros_like(v) if do is None else do
     dfinal = torch.zeros_like(state) if dfinal is None else dfinal
     dq, dk, dv, dlog_decay, dbeta, dstate = _chunked_backward(

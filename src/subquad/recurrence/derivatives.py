@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from subquad.recurrence.autocast import no_autocast
+
 
 def will_be_differentiated() -> bool:
     """Asked in a backward pass: whether gradients of these gradients are wanted."""
@@ -36,6 +38,16 @@ def recorded_gradients(
     """
     # A view each: a tensor that is given as two arguments has a gradient through either.
     own = [None if x is None else x.view_as(x) for x in inputs]
+    # Who asks for them within autocast has the same gradients as who does not differentiate them.
+    with no_autocast(next(x for x in own if x is not None).device.type):
+        return _recorded(form, own, gradients)
+
+
+def _recorded(
+    form: Callable[..., tuple[Tensor, ...]],
+    own: Sequence[Tensor | None],
+    gradients: Sequence[Tensor | None],
+) -> list[Tensor | None]:
     pairs = zip(form(*own), gradients, strict=True)
     # An operator's outputs all look recorded; of the form's, one may depend on no input that is.
     outputs = [(y, dy) for y, dy in pairs if dy is not None and y.requires_grad]

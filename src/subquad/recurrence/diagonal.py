@@ -277,8 +277,7 @@ def _scan_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if checkpoints.shape[0] == 0:  # which compiled code would read all the same
         raise RuntimeError(
-            "checkpoints: got none; expected those of the forward pass. Fix: run, trace or export "
-            "it with gradients enabled and inputs that require them."
+            "checkpoints: got none; expected the forward pass's. Fix: call that with save=True."
         )
     gradients = _form_module(impl).backward(
         dy, dlast, x, dt, A, B, C, D, state, cu_seqlens, checkpoints
@@ -313,6 +312,8 @@ def _gradients(ctx, dy, dlast, _):  # type: ignore[no-untyped-def]
             return _reference(x, dt, A, B, C, D, state, cu_seqlens)
 
         return *recorded_gradients(form, inputs, (dy, dlast)), None, None, None
+    if checkpoints.shape[0] == 0:  # traced or exported where no gradient was to be asked for
+        checkpoints = _scan_op(*inputs, cu_seqlens, ctx.impl, True)[2]
     found = _scan_backward_op(dy, dlast, *inputs, cu_seqlens, checkpoints, ctx.impl)
     return *found, None, None, None
 
