@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from subquad.recurrence.diagonal import _scan_backward_op, _scan_op, selective_scan
+from subquad.recurrence.diagonal import selective_scan
+from subquad.recurrence.scan_operator import _scan, _scan_backward
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "state")
 BOUNDS = [0, 1, 3, 35, 67, 131]
@@ -174,7 +175,7 @@ def test_custom_op(impl, dtype, bounds):
     arguments = inputs(1, 40, sequences=2 if bounds else 1)
     tensors = [arguments[n].detach().to(dtype).requires_grad_() for n in NAMES]
     cu_seqlens = None if bounds is None else torch.tensor(bounds)
-    torch.library.opcheck(_scan_op.op, (*tensors, cu_seqlens, impl, True))
+    torch.library.opcheck(_scan.op, (*tensors, cu_seqlens, impl, True))
 
 
 @pytest.mark.parametrize("T", [1, 40])
@@ -246,9 +247,9 @@ def test_a_backward_pass_for_which_nothing_was_kept(impl):
     leaves = [t.detach().float().requires_grad_() for t in inputs(1, 70).values()]
     found = []
     for save in (True, False):
-        y, last, _ = _scan_op(*leaves, None, impl, save)
+        y, last, _ = _scan(*leaves, None, impl, save)
         found.append(torch.autograd.grad(y.sum() + last.sum(), leaves))
     assert all(map(torch.equal, *found))
-    none = _scan_op(*leaves, None, impl, False)[2]
+    none = _scan(*leaves, None, impl, False)[2]
     with pytest.raises(RuntimeError, match=r"^checkpoints: got none"):  # rather than read them
-        _scan_backward_op(y, last, *leaves, None, none, impl)
+        _scan_backward(y, last, *leaves, None, none, impl)

@@ -7,7 +7,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from subquad.models.cache import SubquadCache
 from subquad.models.config import SubquadConfig
-from subquad.models.language import SubquadForCausalLM, SubquadModel
+from subquad.models.language import SubquadForCausalLM
+from subquad.models.stack import SubquadModel
 from subquad.models.tokenizer import ByteTokenizer
 
 AutoConfig.register(SubquadConfig.model_type, SubquadConfig, exist_ok=True)

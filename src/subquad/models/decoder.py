@@ -31,6 +31,11 @@ class Decoder:
     they are looked over: whoever replaces a projection (PEFT, quantisation), hooks a module, moves
     or reloads weights or changes a setting gets another trace, or none for that block, which is
     then called like any module.
+
+    Between tokens, that is. While a token is on its way its weights are read by address: whoever
+    gives a parameter other memory from another thread (`p.data = ...`, `model.to(...)`) waits until
+    it is done, as for any operation of PyTorch; this one is a whole token long. To keep the old
+    memory alive instead would double a model that has moved to a GPU.
     """
 
     def __init__(self) -> None:

@@ -5,17 +5,13 @@ Bt rows   T time   D channels   N state numbers a channel   S sequences (rows, o
 
 from __future__ import annotations
 
-from itertools import pairwise
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from subquad.kernels.gpu import triton_missing
-from subquad.kernels.operator import operator
-from subquad.recurrence import scan
-from subquad.recurrence.derivatives import recorded_gradients, will_be_differentiated
+from subquad.recurrence import diagonal_reference, scan, scan_operator
 from subquad.recurrence.eager import can_call_compiled_code, can_call_operators
 from subquad.recurrence.explanation import Explanation, tell, watched
 from subquad.recurrence.overrides import overridable
@@ -77,14 +73,13 @@ def selective_scan(
         t if t.dtype == precise else t.to(precise) for t in (x, dt, A, B, C, D, state)
     )
     if impl == "reference":
-        y, last_state = _reference(*(*inputs, cu_seqlens))
+        y, last_state = diagonal_reference.loop(*(*inputs, cu_seqlens))
     elif x.shape[1] == 1:
         y, last_state = _one_token(*inputs)
     elif not can_call_operators():
         y, last_state, _ = scan.forward(*(*inputs, cu_seqlens, False))
     else:
-        save = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-        y, last_state, _ = _scan_op(*inputs, cu_seqlens, impl, save)
+        y, last_state = scan_operator.selective_scan(*(*inputs, cu_seqlens, impl))
     return y.to(x.dtype), last_state
 
 
@@ -117,46 +112,6 @@ def _explain(impl: str, x: Tensor, A: Tensor, S: int) -> Explanation:
     )
 
 
-def step(
-    x: Tensor,  # [Bt,D]
-    dt: Tensor,  # [Bt,D]
-    A: Tensor,  # [D,N]
-    B: Tensor,  # [Bt,N]
-    C: Tensor,  # [Bt,N]
-    D: Tensor,  # [D]
-    state: Tensor,  # [Bt,D,N]
-) -> tuple[Tensor, Tensor]:
-    """One token: the specification. Returns y [Bt,D] and the next state [Bt,D,N]."""
-    decay = torch.exp(dt[:, :, None] * A)  # [Bt,D,N]
-    state = decay * state + (dt * x)[:, :, None] * B[:, None, :]  # [Bt,D,N]
-    return (state * C[:, None, :]).sum(-1) + D * x, state
-
-
-def _reference(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    state: Tensor,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The loop over tokens, one packed sequence after another."""
-    if cu_seqlens is not None:
-        bounds = cu_seqlens.tolist()
-        parts = []
-        for s, (i, j) in enumerate(pairwise(bounds)):
-            x_s, dt_s, B_s, C_s = (t[:, i:j] for t in (x, dt, B, C))
-            parts.append(_reference(x_s, dt_s, A, B_s, C_s, D, state[s : s + 1]))
-        return torch.cat([y for y, _ in parts], 1), torch.cat([h for _, h in parts])
-    outputs = []
-    for t in range(x.shape[1]):
-        y, state = step(x[:, t], dt[:, t], A, B[:, t], C[:, t], D, state)
-        outputs.append(y)
-    return torch.stack(outputs, 1), state
-
-
 def _one_token(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -166,7 +121,7 @@ def _one_token(
 
         result: tuple[Tensor, Tensor] = selective_scan_cpu.step(x, dt, A, B, C, D, state)
         return result
-    y, last_state = step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state)
+    y, last_state = diagonal_reference.step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, state)
     return y[:, None], last_state
 
 
@@ -225,97 +180,3 @@ def _check(
         check_tensor("state", state, 3, "[S,D,N]", x)
         check_shape("state", state, (S, channels, N), "[S,D,N]")
     return S
-
-
-def _form_module(impl: str) -> ModuleType:
-    """Where `forward`, `backward` and `checkpoint_shape` of an implementation are."""
-    if impl == "torch":
-        return scan
-    if impl == "triton":
-        from subquad.kernels import selective_scan_gpu
-
-        return selective_scan_gpu
-    from subquad.kernels import selective_scan_cpu
-
-    return selective_scan_cpu
-
-
-@operator("subquad::selective_scan")
-def _scan_op(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-    impl: str,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the last state and, if `save`, what the backward pass starts its chunks from."""
-    y, last_state, checkpoints = _form_module(impl).forward(
-        x, dt, A, B, C, D, state, cu_seqlens, save
-    )
-    return y, last_state, checkpoints
-
-
-@operator("subquad::selective_scan_backward")
-def _scan_backward_op(
-    dy: Tensor,
-    dlast: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-    checkpoints: Tensor,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if checkpoints.shape[0] == 0:  # which compiled code would read all the same
-        raise RuntimeError(
-            "checkpoints: got none; expected the forward pass's. Fix: call that with save=True."
-        )
-    gradients = _form_module(impl).backward(
-        dy, dlast, x, dt, A, B, C, D, state, cu_seqlens, checkpoints
-    )
-    dx, ddt, dA, dB, dC, dD, dstate = gradients
-    return dx, ddt, dA, dB, dC, dD, dstate
-
-
-@_scan_op.register_fake
-def _(x, dt, A, B, C, D, state, cu_seqlens, impl, save):  # type: ignore[no-untyped-def]
-    K, *shape = _form_module(impl).checkpoint_shape(x, A, state.shape[0])
-    checkpoints = x.new_empty(K if save else 0, *shape)
-    return x.new_empty(x.shape), x.new_empty(state.shape), checkpoints
-
-
-@_scan_backward_op.register_fake
-def _(dy, dlast, x, dt, A, B, C, D, state, cu_seqlens, checkpoints, impl):  # type: ignore[no-untyped-def]
-    return tuple(t.new_empty(t.shape) for t in (x, dt, A, B, C, D, state))
-
-
-def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.impl, _ = inputs
-    ctx.save_for_backward(*tensors, output[2])
-    ctx.set_materialize_grads(True)
-
-
-def _gradients(ctx, dy, dlast, _):  # type: ignore[no-untyped-def]
-    *inputs, cu_seqlens, checkpoints = ctx.saved_tensors
-    if will_be_differentiated():
-
-        def form(x, dt, A, B, C, D, state):  # type: ignore[no-untyped-def]
-            return _reference(x, dt, A, B, C, D, state, cu_seqlens)
-
-        return *recorded_gradients(form, inputs, (dy, dlast)), None, None, None
-    if checkpoints.shape[0] == 0:  # traced or exported where no gradient was to be asked for
-        checkpoints = _scan_op(*inputs, cu_seqlens, ctx.impl, True)[2]
-    found = _scan_backward_op(dy, dlast, *inputs, cu_seqlens, checkpoints, ctx.impl)
-    return *found, None, None, None
-
-
-_scan_op.register_autograd(_gradients, _setup)

@@ -1,0 +1,212 @@
+"""The stack: embedding, blocks and norm; tokens in, hidden states out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import can_return_tuple
+
+from subquad.mixers.base import Mixer, State
+from subquad.mixers.norms import RMSNorm
+from subquad.models.block import Block, normed
+from subquad.models.cache import SubquadCache
+from subquad.models.config import SubquadConfig
+from subquad.models.decoder import Decoder
+from subquad.models.packing import Packing, pack, pack_given
+from subquad.models.start import draw_missing, float32_names
+from subquad.models.tokens import embed
+from subquad.recurrence.validate import check_tensor, fail
+
+
+class SubquadPreTrainedModel(PreTrainedModel):
+    """What transformers must know of our models."""
+
+    config_class = SubquadConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _skip_keys_device_placement = ["past_key_values"]
+    # Assisted decoding must take tokens back, which a recurrent state cannot.
+    _is_stateful = True
+    _can_compile_fullgraph = True
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: our initialisation leaves loaded weights alone, as that of built-in models does.
+
+        Of code that it takes for custom, transformers initialises no module without parameters of
+        its own; most mixers have none, only their projections do.
+        """
+        return False
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, Mixer):
+            draw_missing(module, self.config.num_hidden_layers)
+        elif isinstance(module, Block):
+            module.mark_undecayed()
+        else:
+            super()._init_weights(module)
+
+
+class SubquadModel(SubquadPreTrainedModel):
+    """Tokens in, hidden states out.
+
+    Rows of a batch may be padded anywhere (`attention_mask`), hold several texts one after
+    another (`position_ids` that restart at 0, or `cu_seqlens`), and go on from where an earlier
+    call stopped (`past_key_values`), by any number of tokens: the result is what each text alone
+    would give.
+    """
+
+    def __init__(self, config: SubquadConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        blocks = [Block(config, row) for row in config.rows]
+        self.layers = nn.ModuleList(blocks)
+        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self._keep_in_fp32_modules_strict = float32_names(blocks)
+        self.gradient_checkpointing = False
+        self.decoder = Decoder()
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: SubquadCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        cu_seqlens: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Run the stack.
+
+        Args:
+            input_ids: [B,T] int; or inputs_embeds [B,T,hidden].
+            attention_mask: [B,T], or [B,past+T] with the past's columns; 1 for tokens, 0 for
+                padding, which no token sees and whose outputs are zero.
+            position_ids: [B,T] or [1,T]; see `packing.pack`. They only mark where texts start.
+            past_key_values: where an earlier call stopped. It is moved on in place, unless
+                use_cache is False.
+            use_cache: return the cache; by default, when one came in, or when not training.
+            cu_seqlens: [N+1] int, the bounds of N texts laid end to end in the only row; 0 first,
+                T last. The cache then has N rows. (transformers' `cu_seq_lens_q` will do too.)
+            output_hidden_states: also return every block's input and the final output.
+
+        Raises:
+            ValueError: naming the argument that does not fit, and how to mend it.
+        """
+        x = self._embed(input_ids, inputs_embeds)
+        if use_cache is None:
+            use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
+        cache = _check_cache(past_key_values, len(self.layers))
+        bounds = cu_seqlens if cu_seqlens is not None else kwargs.get("cu_seq_lens_q")
+        rows = x.shape[0] if bounds is None else len(bounds) - 1
+        cache.check_batch(rows)
+        packings = _plan(x.shape[0], x.shape[1], attention_mask, position_ids, bounds, cache)
+        if packings is None:
+            hidden, states = self._run(x, cache.states, None, output_hidden_states)
+            if use_cache:
+                cache.advance(states, rows, x.shape[1], x.device)
+        else:
+            hidden, results = self._run_packed(x, cache.states, packings, output_hidden_states)
+            if use_cache:
+                columns = x.shape[1] if bounds is None else None
+                cache.advance_packed(results, rows, columns, x.device)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden[-1],
+            past_key_values=cache if use_cache else None,
+            hidden_states=tuple(hidden) if output_hidden_states else None,
+        )
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """The residual stream's start, [B,T,hidden]."""
+        if (input_ids is None) == (inputs_embeds is None):
+            got = "both" if input_ids is not None else "neither"
+            raise fail("input_ids, inputs_embeds", got, "exactly one of the two", "leave one out")
+        if inputs_embeds is None:
+            name, x = "input_ids", embed(self.embed_tokens, input_ids, self.config.vocab_size)
+        else:
+            name, layout = "inputs_embeds", f"[B, T, {self.config.hidden_size}]"
+            x = check_tensor(name, inputs_embeds, 3, layout)
+            if x.shape[2] != self.config.hidden_size:
+                fix = "they go where the model's own embeddings of its tokens would"
+                raise fail(name, f"shape {tuple(x.shape)}", layout, fix)
+        if x.shape[1] == 0:
+            raise fail(
+                name,
+                f"shape {tuple(x.shape[:2])}",
+                "[B, T] with T >= 1",
+                "with a cache that holds the past, give the tokens after it; to generate(), the "
+                "whole text, or an attention_mask over it",
+            )
+        return x.float() if self.config.residual_in_fp32 else x
+
+    def _run(
+        self, x: Tensor, past: list[State | None], cu_seqlens: Tensor | None, keep_all: bool
+    ) -> tuple[list[Tensor], list[State]]:
+        """Run all blocks: each block's input (if keep_all) and the output; each layer's state."""
+        if cu_seqlens is None and not keep_all:
+            decoded = self.decoder(self.layers, self.norm, x, past)
+            if decoded is not None:
+                return [decoded[0]], decoded[1]
+        hidden, states = [], []
+        for block, state in zip(self.layers, past):
+            if keep_all:
+                hidden.append(x)
+            x, state = block(x, state, cu_seqlens)
+            states.append(state)
+        return [*hidden, normed(self.norm, x)], states
+
+    def _run_packed(
+        self, x: Tensor, past: list[State | None], packings: list[Packing], keep_all: bool
+    ) -> tuple[list[Tensor], list[tuple[Packing, list[State]]]]:
+        """Run each packing, and put its outputs where its tokens were, among zeros."""
+        results = []
+        dtype = self.norm.weight.dtype
+        inputs = [torch.zeros_like(x)] * (len(self.layers) if keep_all else 0)
+        out = [*inputs, torch.zeros_like(x, dtype=dtype)]
+        for packing in packings:
+            initial = [packing.initial(state) for state in past]
+            hidden, states = self._run(packing.gather(x), initial, packing.cu_seqlens, keep_all)
+            out = [packing.scatter(h, into) for h, into in zip(hidden, out)]
+            results.append((packing, states))
+        return out, results
+
+
+def _check_cache(cache: object, num_layers: int) -> SubquadCache:
+    """The cache that came in, or a new one."""
+    if cache is None:
+        return SubquadCache(num_layers)
+    if not isinstance(cache, SubquadCache):
+        name = type(cache).__name__
+        raise fail("past_key_values", name, "a SubquadCache", "pass None, or what came back")
+    if len(cache) != num_layers:
+        got = f"a cache of {len(cache)} layers"
+        raise fail("past_key_values", got, f"{num_layers}, as this model has", "pass None")
+    return cache
+
+
+def _plan(
+    batch: int,
+    length: int,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    bounds: Tensor | None,
+    cache: SubquadCache,
+) -> list[Packing] | None:
+    """How the call's tokens divide into sequences; None if its rows are just that."""
+    known = (cache.lengths, cache.has_empty_rows)
+    if bounds is not None:
+        return pack_given(bounds, batch, length, attention_mask, position_ids, *known)
+    past = cache.get_seq_length()
+    return pack(batch, length, attention_mask, position_ids, past, *known)

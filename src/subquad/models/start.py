@@ -1,0 +1,38 @@
+"""Where weights start, and in which precision they stay."""
+
+from __future__ import annotations
+
+from subquad.mixers.base import Mixer
+from subquad.models.block import Block
+
+
+def draw_missing(mixer: Mixer, depth: int) -> None:
+    """Start a mixer as published, all but what has just been loaded from a checkpoint.
+
+    Its projections come here with transformers' standard start, for children are visited first.
+    transformers marks each tensor that it loads and makes `torch.nn.init` skip those; a mixer may
+    fill parts of a tensor (a view bears no mark), so what was loaded is put back.
+
+    `depth` layers add to one residual, so what a mixer says is shrunk by depth is divided by its
+    root (Radford et al. 2019, GPT-2, section 2.3; so do Mamba and Mamba-2).
+    """
+    tensors = [*mixer.parameters(), *mixer.buffers()]
+    loaded = [t for t in tensors if getattr(t, "_is_hf_initialized", False)]
+    if len(loaded) == len(tensors):
+        return
+    values = [t.clone() for t in loaded]
+    mixer.reset_parameters()
+    for name in mixer.shrunk_by_depth:
+        mixer.get_parameter(name).mul_(depth**-0.5)
+    for tensor, value in zip(loaded, values):
+        tensor.copy_(value)
+
+
+def float32_names(blocks: list[Block]) -> set[str]:
+    """Patterns of what stays float32 when a model is loaded in half precision.
+
+    They are the parameters that mixers own themselves and not through a projection: decays, time
+    steps, skips. Over thousands of steps their rounding would add up.
+    """
+    mixers = [block.mixer for block in blocks]
+    return {rf"mixer\.{name}$" for m in mixers for name, _ in m.named_parameters(recurse=False)}
