@@ -79,7 +79,9 @@ def test_a_wrong_shape_is_named(arguments, data):
 
 
 @pytest.mark.parametrize("name", ["q", "k", "v", "log_decay", "bonus", "state"])
-@pytest.mark.parametrize("value", ["a string", 3, None, "integers", "complex", "elsewhere"])
+@pytest.mark.parametrize(
+    "value", ["a string", 3, None, "integers", "complex", "elsewhere", "sparse"]
+)
 def test_a_wrong_kind_is_named(name, value):
     arguments = {
         "q": torch.randn(2, 3, 2, 4),
@@ -94,6 +96,7 @@ def test_a_wrong_kind_is_named(name, value):
         "integers": x.long(),
         "complex": x.to(torch.complex64),
         "elsewhere": x.to("meta"),
+        "sparse": x.to_sparse(),
     }.get(value, value)
     if value is None and name in ("log_decay", "bonus", "state"):
         linear_recurrence(**(arguments | {name: None}))
@@ -101,6 +104,13 @@ def test_a_wrong_kind_is_named(name, value):
         complaint("^k: ", **(arguments | {name: spoiled}))
     else:
         complaint(rf"^{name}: ", **(arguments | {name: spoiled}))
+
+
+def test_nested_tensors_are_told_of_packing():
+    rows = [torch.randn(n, 2, 4) for n in (3, 5)]
+    for layout in (torch.strided, torch.jagged):
+        x = torch.nested.nested_tensor(rows, layout=layout)
+        complaint(r"^q: got a nested tensor; .*cu_seqlens\.$", q=x, k=x, v=x)
 
 
 def arguments(B=1, T=10, H=2, K=4, V=3):

@@ -157,6 +157,7 @@ def test_loss(ids) -> None:
     predicted, wanted = out.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
     want = torch.nn.functional.cross_entropy(predicted, wanted, ignore_index=-100)
     torch.testing.assert_close(out.loss, want)
+    assert torch.equal(model(ids, labels=labels.int()).loss, out.loss)
     count = int((labels[:, 1:] != -100).sum())
     summed = model(ids, labels=labels, num_items_in_batch=2 * count).loss
     torch.testing.assert_close(2 * summed, want)
@@ -372,6 +373,7 @@ def test_bad_calls(ids) -> None:
         ({"input_ids": ids, "labels": ids[:, 1:]}, r"labels: got shape \(2, 16\)"),
         ({"input_ids": ids, "labels": ids.float()}, r"labels: got torch.float32"),
         ({"input_ids": ids, "labels": ids * 0 - 1}, r"labels: got token -1; expected .*-100"),
+        ({"input_ids": ids, "logits_to_keep": -1}, r"logits_to_keep: got -1; expected 0 \(all\)"),
         ({"input_ids": ids, "attention_mask": ones[None, None]}, r"attention_mask.*cu_seqlens"),
         (
             {"input_ids": ids, "attention_mask": ones[:, :-1]},

@@ -81,11 +81,17 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             **kwargs,
         )
-        last = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if not isinstance(logits_to_keep, int):
+            last: slice | Tensor = logits_to_keep
+        elif logits_to_keep < 0:
+            fix = "give how many of the last positions to keep"
+            raise fail("logits_to_keep", logits_to_keep, "0 (all) or more, or positions", fix)
+        else:
+            last = slice(-logits_to_keep, None)
         logits = project(self.lm_head, outputs.last_hidden_state[:, last])
         loss = None
         if labels is not None:
-            check_labels(labels, logits.shape[:-1], self.config.vocab_size)
+            labels = check_labels(labels, logits.shape[:-1], self.config.vocab_size)
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,

@@ -22,8 +22,10 @@ def embed(embedding: nn.Module, input_ids: object, vocab_size: int) -> Tensor:
         raise _outside("input_ids", ids, vocab_size, "use the tokenizer of the model") from error
 
 
-def check_labels(labels: object, shape: torch.Size, vocab_size: int) -> None:
+def check_labels(labels: object, shape: torch.Size, vocab_size: int) -> Tensor:
     """[B,T] int like the logits' positions, each a token or -100 (values: on the CPU only).
+
+    Returns them as int64, which cross-entropy wants.
 
     Raises:
         ValueError: naming `labels`.
@@ -40,6 +42,7 @@ def check_labels(labels: object, shape: torch.Size, vocab_size: int) -> None:
         wrong = ids[ids != IGNORE]
         if len(wrong) and (int(wrong.min()) < 0 or int(wrong.max()) >= vocab_size):
             raise _outside("labels", wrong, vocab_size, "set what shall not count to -100")
+    return ids.long()
 
 
 def _check_ids(name: str, ids: object) -> Tensor:

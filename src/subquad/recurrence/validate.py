@@ -32,6 +32,9 @@ def check_tensor(
     """`x` must be a floating-point tensor of `ndim` dimensions on the device of `like`."""
     if not isinstance(x, Tensor):
         raise fail(name, type(x).__name__, f"a torch tensor {layout}", "convert it to a tensor")
+    if x.layout != torch.strided or x.is_nested:
+        got = "a nested tensor" if x.is_nested else f"a tensor laid out as {x.layout}"
+        raise fail(name, got, f"a plain dense tensor {layout}", "to_dense(), or pack: cu_seqlens")
     if x.ndim != ndim:
         raise fail(
             name, f"shape {tuple(x.shape)}", layout, f"give it {ndim} dimensions in this order"
