@@ -7,8 +7,9 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from subquad.mixers import MIXERS, Mixer, State
+from subquad.mixers import MIXERS, Mixer, State, attention
 
 HIDDEN = 32
 # Small, and away from the defaults wherever an option changes the path taken.
@@ -369,6 +370,52 @@ def test_a_window_as_long_as_the_text_is_full_attention():
     window.load_state_dict(full.state_dict())
     x = tokens(2, 60)
     assert_close(window(x)[0], full(x)[0])
+
+
+@pytest.mark.parametrize(("window", "block"), [(5, 512), (70, 512), (70, 32), (None, 32)])
+@pytest.mark.parametrize("remembered", [0, 40])
+def test_attention_by_blocks_is_attention_with_one_mask(monkeypatch, window, block, remembered):
+    monkeypatch.setattr(attention, "_QUERY_BLOCK", block)
+    T, S = 200, 200 + remembered
+    q, k, v = torch.randn(2, T, 4, 8), torch.randn(2, S, 2, 8), torch.randn(2, S, 2, 8)
+    first = torch.tensor([0, 30 if remembered else 0])
+    position, slot = torch.arange(S - T, S)[:, None], torch.arange(S)
+    visible = (slot <= position) & (slot > position - (window or S))
+    visible = visible & (slot >= first[:, None, None, None])
+    inputs = [each.requires_grad_() for each in (q, k, v)]
+    o = attention._sdpa_by_blocks(q, k, v, window, first)
+    expected = attention._sdpa(q, k, v, visible)
+    assert_close(o, expected)
+    weight = torch.randn_like(o)
+    ours = torch.autograd.grad((o * weight).sum(), inputs)
+    for found, wanted in zip(ours, torch.autograd.grad((expected * weight).sum(), inputs)):
+        assert_close(found, wanted)
+
+
+class Written(TorchDispatchMode):
+    """Counts the numbers that operations write."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.numbers += sum(
+            tensor.numel()
+            for tensor in (result if isinstance(result, tuple) else (result,))
+            if isinstance(tensor, torch.Tensor) and not tensor._is_view()
+        )
+        return result
+
+
+def test_training_through_a_window_costs_as_much_for_every_token():
+    mixer = MIXERS["sliding_window_attention"](16, num_heads=1, window=64)
+
+    def numbers(length: int) -> int:
+        with Written() as written:
+            mixer(torch.randn(1, length, 16, requires_grad=True))[0].sum().backward()
+        return written.numbers
+
+    assert numbers(8192) < 2.2 * numbers(4096)
 
 
 @torch.no_grad()

@@ -3,7 +3,8 @@
 B batch   T new tokens   S remembered and new tokens   H query heads   Hk key heads   D head size
 """
 
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import accumulate, islice, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -179,21 +180,36 @@ def _sdpa_by_blocks(
     """
     T, S = q.shape[1], k.shape[1]
     size = _QUERY_BLOCK if window is None else min(max(window, 64), _QUERY_BLOCK)
-    outputs = []
-    for start in range(0, T, size):
-        end = min(start + size, T)
-        low = 0 if window is None else max(0, S - T + start - window + 1)
-        high = S - T + end
-        query = torch.arange(S - T + start, high, device=q.device)[:, None]
-        slot = torch.arange(low, high, device=q.device)
-        visible = slot <= query
+    queries = q.split(size, dim=1)
+    sizes = [S - T, *(block.shape[1] for block in queries)]
+    outputs, end = [], S - T
+    for query, key, value in zip(queries, _seen(k, sizes, window), _seen(v, sizes, window)):
+        start, end = end, end + query.shape[1]
+        position = torch.arange(start, end, device=q.device)[:, None]
+        slot = torch.arange(end - key.shape[1], end, device=q.device)
+        visible = slot <= position
         if window is not None:
-            visible &= slot > query - window
+            visible &= slot > position - window
         mask = visible[None, None]  # [1,1,block,slots]
         if first is not None:
             mask = mask & (slot >= first[:, None, None, None])  # [B,1,block,slots]
-        outputs.append(_sdpa(q[:, start:end], k[:, low:high], v[:, low:high], mask))
+        outputs.append(_sdpa(query, key, value, mask))
     return torch.cat(outputs, dim=1)
+
+
+def _seen(x: Tensor, sizes: list[int], window: int | None) -> Iterator[Tensor]:
+    """For each block of queries the slots [B,_,Hk,D] that some of them see; its own are the last.
+
+    Args:
+        sizes: how many slots are before the first block, and then in each block.
+    """
+    parts, ends = x.split(sizes, dim=1), accumulate(sizes)
+    for n, end in islice(enumerate(ends), 1, None):
+        if window is None or len(parts) == 2:
+            yield x[:, :end]
+        else:  # not a slice: the gradients of slices would each be a tensor of T slots, T^2 in sum
+            back = -(-(window - 1) // sizes[1])
+            yield torch.cat(parts[max(0, n - back) : n + 1], dim=1)
 
 
 def _end_together(rows: tuple[Tensor, ...]) -> Tensor:
