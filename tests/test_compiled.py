@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from subquad.recurrence import Delta, explain, linear_recurrence
+from subquad.recurrence import Delta, LowRank, explain, linear_recurrence
 from test_recurrence import DECAYS, assert_equal, leaves, make, run
 
 CASES = list(itertools.product(DECAYS, (None, "delta")))
@@ -63,6 +63,18 @@ def test_packed_sequences_never_meet(decay, erase):
     assert_as_the_loop(make(decay, erase, B=1, T=300, hard=True, packed=packed), "packed")
 
 
+@pytest.mark.parametrize("hard", [False, True], ids=["easy", "hard"])
+@pytest.mark.parametrize("decay", DECAYS)
+def test_a_bonus_equals_the_loop(decay, hard):
+    """Chunks that read after a write, asked by each token's follower."""
+    for T in (1, 2, 63, 64, 65, 130):
+        arguments = make(decay, None, bonus=True, T=T, hard=hard, seed=T)
+        assert_as_the_loop(arguments, f"{T} tokens")
+    packed = [0, 1, 2, 40, 104, 105, 233, 300]
+    arguments = make(decay, None, bonus=True, B=1, T=300, hard=hard, packed=packed)
+    assert_as_the_loop(arguments, "packed")
+
+
 @KINDS
 @pytest.mark.parametrize("threads", [1, 2, 3, 8])
 @pytest.mark.parametrize("B, Hk, G", [(1, 1, 5), (3, 1, 2), (1, 2, 3), (2, 4, 1)])
@@ -105,13 +117,16 @@ def test_runs_where_it_can():
     from subquad.recurrence import compiled
 
     assert compiled.CHUNK == chunked_cpu.CHUNK  # which is compiled in, and costs numba to look up
-    for decay, erase in CASES:
-        page = explain(**single(make(decay, erase, T=100)))
+    bonus = [(decay, None, True) for decay in DECAYS]
+    for kind in (*((*case, False) for case in CASES), *bonus):
+        page = explain(**single(make(*kind, T=100)))
         assert (page.form, page.impl, page.chunk) == ("chunked", "numba", 64)
     call = single(make("BTH", "delta", T=100))
     others = [make("BTH", None, T=100), make("BTH", "delta", T=100)]
     others += [call | {"form": "recurrent"}, call | {"form": "parallel"}]
-    others += [single(make("BTHK", None, bonus=True))]
+    others += [
+        single(make("BTHK", None, T=100)) | {"erase": LowRank(*torch.zeros(2, 2, 100, 4, 6))}
+    ]
     for other in others:
         assert explain(**other).impl == "torch"
         with pytest.raises(ValueError, match=r"^impl: .*numba"):
@@ -179,25 +194,31 @@ def test_products(L):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("broken", ["k", "v"])
-@KINDS
-def test_a_broken_sequence_breaks_no_other(decay, erase, broken, bad):
-    """NaN and infinities spread into what matrices are padded with, but not to who comes next."""
-    call = single(make(decay, erase, B=1, T=200, Hk=1, packed=[0, 40, 104, 200]))
+@pytest.mark.parametrize("broken", ["q", "k", "v"])
+@pytest.mark.parametrize("kind", [(None,), ("delta",), (None, True)], ids=str)
+@pytest.mark.parametrize("decay", ["BTH", "BTHK"])
+def test_a_broken_sequence_breaks_no_other(decay, kind, broken, bad):
+    """NaN and infinities spread into what matrices are padded with, but not to who comes next; nor,
+    where outputs are asked for by the next token's query (a bonus), to who came before."""
+    bounds = [0, 40, 104, 200]
+    call = single(make(decay, *kind, B=1, T=200, Hk=1, packed=bounds))
 
-    def computed(x):
+    def of_others(n, x):
         inputs = {
             n: call[n].clone().requires_grad_() for n in ("q", "k", "v", "log_decay", "state")
         }
         inputs[broken] = x.clone().requires_grad_()
         o, final = linear_recurrence(**(call | inputs), impl="numba")
         dq, dk, dv, dg, dstate = torch.autograd.grad(o.sum() + final.sum(), list(inputs.values()))
-        return *(y[:, 40:] for y in (o, dq, dk, dv, dg)), final[1:], dstate[1:]
+        rows = torch.arange(3) != n
+        tokens = rows.repeat_interleave(torch.tensor(bounds).diff())
+        return *(y[:, tokens] for y in (o, dq, dk, dv, dg)), final[rows], dstate[rows]
 
-    sick = call[broken].clone()
-    sick[:, 10:20] = bad
-    for got, want in zip(computed(sick), computed(call[broken])):
-        assert torch.equal(got, want)
+    for n in (0, 1):
+        sick = call[broken].clone()
+        sick[:, bounds[n] : bounds[n] + 10] = bad
+        for got, want in zip(of_others(n, sick), of_others(n, call[broken])):
+            assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize(("decay", "erase"), list(itertools.product(("H", "HK"), (None, "delta"))))

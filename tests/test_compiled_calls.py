@@ -85,15 +85,35 @@ def test_transforms_within_compilation():
         torch.testing.assert_close(torch.compile(function, backend="aot_eager")(v), want)
 
 
-def test_a_backward_pass_without_its_starting_states_is_refused():
-    from subquad.recurrence.compiled import _chunked
+def test_a_backward_pass_for_which_no_states_were_kept():
+    """They are computed again; compiled code that is given none would read them all the same."""
+    from subquad.recurrence.compiled import _chunked, _chunked_backward
 
     call = single(make("BTH", "delta", T=70))
     q = call["q"].requires_grad_()
     arguments = (call["k"], call["v"], call["log_decay"], None, 1.0, call["state"], None)
-    o, _, _ = _chunked(q, *arguments, 0)  # no states kept for the backward pass
+    found = []
+    for kept in (4, 0):
+        o, final, starts = _chunked(q, *arguments, kept)
+        found.append(torch.autograd.grad(o.sum() + final.sum(), q)[0])
+    assert torch.equal(*found) and len(starts) == 0
     with pytest.raises(RuntimeError, match=r"^starts: got 0; expected 4"):
-        o.sum().backward()
+        _chunked_backward(o, final, q, *arguments[:-2], starts, None)
+
+
+@pytest.mark.parametrize("packed", [None, [0, 7, 100]])
+def test_a_bonus_compiles_into_one_graph(packed):
+    call = single(make("BTHK", None, bonus=True, B=1, T=100, packed=packed))
+    inputs = [call[n].requires_grad_() for n in ("q", "k", "v", "log_decay", "bonus", "state")]
+
+    def gradients(f):
+        o, final = f(**call)
+        return torch.autograd.grad(o.square().sum() + final.sum(), inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(linear_recurrence, fullgraph=True, backend="aot_eager")
+    for got, want in zip(gradients(compiled), gradients(linear_recurrence)):
+        torch.testing.assert_close(got, want)
 
 
 def test_checkpoints_and_autocast():

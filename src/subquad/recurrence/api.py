@@ -58,9 +58,9 @@ def linear_recurrence(
         form: "recurrent" (token by token), "chunked", "parallel" (all pairs, quadratic; not for
             packed sequences) or "auto". All give the same result.
         impl: "reference" (the recurrent form in float64, the specification), "torch", "numba" (on
-            the CPU: chunks, with a Delta too, but neither LowRank nor a bonus; and one token
-            without gradients, for decoding), "triton" (on a GPU) or "auto".
-            One token without gradients has a GPU kernel of its own, also with `erase`.
+            the CPU: chunks, but no LowRank; and one token without gradients, for decoding),
+            "triton" (on a GPU) or "auto". One token without gradients has a GPU kernel of its own,
+            also with `erase`.
 
     Returns:
         o [B,T,H,V] in v's dtype, and the final state, like `state`. Both are differentiable. The
@@ -169,7 +169,12 @@ def _chunked_cpu(call: Call) -> tuple[Tensor, Tensor]:
     q, k, v = (x.to(call.dtype) for x in (call.q, call.k, call.v))
     gates = None if call.log_decay is None else call.log_decay.to(call.dtype)
     erase, state = _cast(call.erase, call.dtype), _state(call, call.dtype)
-    o, final = compiled.chunked(q, k, v, gates, erase, call.factor, state, call.cu_seqlens)
+    if call.bonus is None:
+        o, final = compiled.chunked(q, k, v, gates, erase, call.factor, state, call.cu_seqlens)
+    else:
+        bonus = call.bonus.to(call.dtype)
+        given = (q, k, v, gates, bonus, call.factor, state, call.cu_seqlens)
+        o, final = compiled.chunked_with_bonus(*given)
     return o.to(call.v.dtype), final
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from subquad.kernels.operator import operator
 from subquad.recurrence import forms
@@ -20,17 +21,15 @@ CHUNK = 64
 def why_not(
     q: Tensor,
     v: Tensor,
-    log_decay: Tensor | None,
     erase: Erase,
-    bonus: Tensor | None,
 ) -> str | None:
     """What keeps the compiled chunks from serving these arguments; None if nothing does."""
     if q.device.type != "cpu":
         return f"compiled chunks run on the CPU, not on {q.device}"
     if v.dtype == torch.float64:
         return "compiled chunks compute in float32, not in float64"
-    if isinstance(erase, LowRank) or bonus is not None:
-        return f"compiled chunks know no {'bonus' if bonus is not None else 'LowRank'}"
+    if isinstance(erase, LowRank):
+        return "compiled chunks know no LowRank"
     if not can_call_operators():
         return "compiled chunks know neither forward derivatives nor vmap"
     return None
@@ -56,6 +55,36 @@ def chunked(
     kept = _most_chunks(q, cu_seqlens) if recorded else 0
     o, final, _ = _chunked(q, k, v, log_decay, beta, scale, state, cu_seqlens, kept)
     return o, final
+
+
+def chunked_with_bonus(
+    q: Tensor,  # [B,T,Hk,K]
+    k: Tensor,  # [B,T,Hk,K]
+    v: Tensor,  # [B,T,H,V]
+    log_decay: Tensor | None,
+    bonus: Tensor,  # [H,K]
+    scale: float,
+    state: Tensor,  # [B,H,K,V], or [N,H,K,V] for N packed sequences
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`chunked` for reads before the write: what t's query reads there is what it would read as the
+    query of t - 1, after that. So queries go one token ahead, and outputs one back; a sequence's
+    first query reads its initial state. Tokens read themselves by the bonus alone."""
+    Hk = q.shape[2]
+    ahead = pad(q[:, 1:], (0, 0, 0, 0, 0, 1))
+    if cu_seqlens is not None:  # a sequence's last token has no query of the next one's
+        ahead = ahead.index_fill(1, cu_seqlens[1:].long() - 1, 0.0)
+    o, final = chunked(ahead, k, v, log_decay, None, scale, state, cu_seqlens)
+    begins = None if cu_seqlens is None else cu_seqlens[:-1].long()
+    first = q[:, 0] if begins is None else q[0].index_select(0, begins)  # [B|N,Hk,K]
+    first = (scale * first[:, :, None, None] @ state.unflatten(1, (Hk, -1))).flatten(1, 3)
+    first = first.view(-1, *v.shape[2:])  # [B|N,H,V]
+    if begins is None:
+        o = torch.cat([first[:, None], o[:, :-1]], 1)
+    else:
+        o = pad(o[:, :-1], (0, 0, 0, 0, 1, 0)).index_copy(1, begins, first[None])
+    own = torch.einsum("bthk,hgk->bthg", q * k, scale * bonus.unflatten(0, (Hk, -1))).flatten(2)
+    return torch.addcmul(o, own.unsqueeze(-1), v), final
 
 
 def _most_chunks(q: Tensor, cu_seqlens: Tensor | None) -> int:

@@ -96,7 +96,7 @@ def _numba(call: Call, form: str, must: bool) -> Plan | None:
         return Plan("recurrent", "numba", 1, why)
     reason = None
     if form == "chunked" or (form == "auto" and (must or not one_token)):
-        reason = compiled.why_not(call.q, call.v, call.log_decay, call.erase, call.bonus)
+        reason = compiled.why_not(call.q, call.v, call.erase)
         if reason is None:
             why = "compiled code walks over the chunks, their state in cache"
             return Plan("chunked", "numba", compiled.CHUNK, why)
