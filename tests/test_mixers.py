@@ -272,6 +272,9 @@ def test_defaults_fit_usual_widths(name, hidden):
     with torch.device("meta"):
         mixer = MIXERS[name](hidden)
     assert mixer.hidden_size == hidden and mixer.row == name
+    x = torch.empty(2, 5, hidden, device="meta")  # sizes alone
+    y, state = mixer(x)
+    assert y.shape == mixer(x, state)[0].shape == x.shape and y.is_meta
 
 
 class TestBadInput:
@@ -293,6 +296,14 @@ class TestBadInput:
         with pytest.raises(ValueError, match="state"):
             wrong = {e: t[..., :-1] if t.ndim > 1 else t for e, t in state.items()}
             mixer(x, wrong)
+        with pytest.raises(ValueError, match=r"^state: got Tensor; expected a dict"):
+            mixer(x, x)
+        if "recurrent" in state:
+            rounded = state | {"recurrent": state["recurrent"].bfloat16()}
+            with pytest.raises(
+                ValueError, match=r"^state.*: got torch.bfloat16; expected.*float32"
+            ):
+                mixer(x, rounded)
 
     @every_mixer
     def test_cu_seqlens(self, name):

@@ -192,7 +192,10 @@ def test_compile(T):
 
 
 def test_autocast_and_half_inputs_keep_a_float32_state():
-    arguments = [t.detach().bfloat16() for t in inputs(2, 40).values()]
+    *arguments, state = (t.detach().bfloat16() for t in inputs(2, 40).values())
+    with pytest.raises(ValueError, match=r"^state: got torch.bfloat16; expected torch.float32: it"):
+        selective_scan(*arguments, state)
+    arguments.append(state.float())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, last_state = selective_scan(*arguments)
         y_1, _ = selective_scan(
@@ -225,7 +228,8 @@ GOOD = {n: t.detach().float() for n, t in inputs(2, 6, D=4, N=3).items()}
         ({"form": "chunked"}, "form"),
         ({"impl": "triton"}, "impl"),
         ({"form": "scan", "impl": "numba"}, "impl"),
-        ({"x": GOOD["x"].double(), "impl": "numba"}, "impl"),
+        ({"x": GOOD["x"].double(), "state": None, "impl": "numba"}, "impl"),
+        ({"x": GOOD["x"].double()}, "state"),
     ],
 )
 def test_bad_input_is_named(change, named):

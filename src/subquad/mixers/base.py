@@ -80,6 +80,9 @@ class Mixer(nn.Module, ABC):
             rows = check_cu_seqlens(cu_seqlens, T, rows, like=x)
         if state is None:
             return {}
+        if not isinstance(state, dict):
+            expected = "a dict of tensors by name"
+            raise fail("state", type(state).__name__, expected, "pass what it returned, or None")
         if state.keys() != set(self.state_names):
             expected = f"the entries {sorted(self.state_names)} of a {type(self).__name__}"
             raise fail("state", sorted(state), expected, "pass what it returned, or None")

@@ -82,6 +82,8 @@ class S4D(Mixer):
         past = self.check_inputs(x, state, cu_seqlens).get("recurrent")
         if past is not None:
             shape = (past.shape[0], *self.C.shape)
+            if past.dtype not in (torch.float32, torch.float64):
+                raise fail("state['recurrent']", past.dtype, "float32 or float64", "cast it")
             check_shape("state['recurrent']", past, shape, "[B,D,N/2,2]")
         A = torch.complex(-self.log_A_real.float().exp(), self.A_imag.float())  # [D,N/2]
         log_A_bar, B_bar = zero_order_hold(self.log_dt.float().exp(), A)

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from subquad.recurrence.reference import Delta, Erase, LowRank, parts
-from subquad.recurrence.validate import check_cu_seqlens, check_shape, check_tensor, fail
+from subquad.recurrence.validate import (
+    check_cu_seqlens,
+    check_shape,
+    check_state,
+    check_tensor,
+    fail,
+)
 
 _NUMBERS = (int, float)  # not a union: torch.compile before 2.7 cannot see through that
 
@@ -113,8 +119,4 @@ class Call:
             check_cu_seqlens(self.cu_seqlens, q.shape[1], q.shape[0], q)
             layout = "[N,H,K,V]"
         if state is not None:
-            check_tensor("state", state, 4, layout, q)
-            check_shape("state", state, self.state_shape, layout)
-            if state.dtype != self.dtype:
-                expected = f"{self.dtype}: it adds up over all tokens"
-                raise fail("state", state.dtype, expected, "cast it")
+            check_state(state, self.state_shape, layout, self.dtype, q)

@@ -16,7 +16,14 @@ from subquad.recurrence.eager import can_call_compiled_code, can_call_operators
 from subquad.recurrence.explanation import Explanation, tell, watched
 from subquad.recurrence.overrides import overridable
 from subquad.recurrence.spec import Recurrence
-from subquad.recurrence.validate import check_cu_seqlens, check_shape, check_tensor, choose, fail
+from subquad.recurrence.validate import (
+    check_cu_seqlens,
+    check_shape,
+    check_state,
+    check_tensor,
+    choose,
+    fail,
+)
 
 GPU_STATES = 256  # N up to which a channel's tile of the GPU kernel is of a sensible size
 # How each form is computed, best first: "numba" walks over the tokens in compiled CPU code.
@@ -47,7 +54,7 @@ def selective_scan(
         A: [D,N], negative.
         B, C: [Bt,T,N], shared by all channels.
         D: [D], a skip from x; None means none.
-        state: [S,D,N], h before the first token; None means zeros.
+        state: [S,D,N] float32 (float64 if x is), h before the first token; None means zeros.
         cu_seqlens: [S+1] int, the bounds of S sequences packed in x (then Bt is 1).
         form: "recurrent" (token by token), "scan" (parallel within chunks) or "auto".
         impl: "reference" (recurrent), "numba" (recurrent, float32 on the CPU), "triton" (scan,
@@ -177,6 +184,6 @@ def _check(
         check_shape("D", check_tensor("D", D, 1, "[D]", x), (channels,), "[D]")
     S = Bt if cu_seqlens is None else check_cu_seqlens(cu_seqlens, T, Bt, x)
     if state is not None:
-        check_tensor("state", state, 3, "[S,D,N]", x)
-        check_shape("state", state, (S, channels, N), "[S,D,N]")
+        precise = torch.float64 if x.dtype == torch.float64 else torch.float32
+        check_state(state, (S, channels, N), "[S,D,N]", precise, x)
     return S

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.recurrence.autocast import no_autocast
 from subquad.recurrence.explanation import Explanation, tell, watched
 from subquad.recurrence.spec import Recurrence
 from subquad.recurrence.validate import check_cu_seqlens, check_shape, check_tensor, choose, fail
@@ -69,7 +70,7 @@ def diagonal_ssm(
         tell(_explain(form, why, u, log_A, cu_seqlens))
     run = _recurrent if form == "recurrent" else _convolution
     # Autocast would take the powers, and the state with them, to half precision.
-    with torch.autocast(u.device.type, enabled=False):
+    with no_autocast(u.device.type):
         if cu_seqlens is None:
             y, last_state = run(x, log_A, B, C, h)
         else:

@@ -56,6 +56,16 @@ def check_shape(name: str, x: Tensor, shape: tuple[int, ...], layout: str) -> No
         )
 
 
+def check_state(
+    state: object, shape: tuple[int, ...], layout: str, dtype: torch.dtype, like: Tensor
+) -> None:
+    """A state must be of exactly this shape and dtype: in a shorter one it would drift away."""
+    x = check_tensor("state", state, len(shape), layout, like)
+    check_shape("state", x, shape, layout)
+    if x.dtype != dtype:
+        raise fail("state", x.dtype, f"{dtype}: it adds up over all tokens", "cast it")
+
+
 def check_cu_seqlens(cu_seqlens: object, T: int, batch: int, like: Tensor | None = None) -> int:
     """Check the boundaries of packed sequences and return their number N.
 
