@@ -180,16 +180,14 @@ VIEWS = {
 }
 
 # What of a tensor does not depend on its numbers.
+_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "layout", "is_cpu", "is_cuda", "is_nested")
 LOOKS = {
     Tensor.size,
     Tensor.dim,
     Tensor.numel,
     Tensor.stride,
     Tensor.is_floating_point,
-    *(
-        getattr(Tensor, name).__get__
-        for name in ("shape", "ndim", "dtype", "device", "layout", "is_cpu", "is_cuda")
-    ),
+    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
 }
 
 # Made of numbers and sizes alone, so that they are the same in each run.
