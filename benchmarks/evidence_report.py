@@ -210,9 +210,8 @@ def _conditions(record: dict[str, Any]) -> str:
         f"{' (medians)' if several else ''}; {' and '.join(machines)}; {' to '.join(dates)}."
     ]
     if any(best["cut"] for best in record["chosen"].values()):
-        sentences.append(
-            "Rows marked cut were ended by the clock; their learning rate had fallen with it."
-        )
+        rate = "was constant" if recipe["final_lr"] == 1 else "had fallen with it"
+        sentences.append(f"Rows marked cut were ended by the clock; the learning rate {rate}.")
     return " ".join(sentences)
 
 

@@ -14,13 +14,14 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import CodeType
 
 import pytest
 import torch
 
-from subquad.arena.scaling import QUANTITIES, scaling_from_json
+from subquad.arena.scaling import QUANTITIES, Exponent
 from subquad.arena.scaling_report import exponent_text
 from subquad.mixers import MIXERS
 from subquad.recurrence import ROWS, Row
@@ -190,19 +191,20 @@ def evidence() -> str:
     return "\n".join(lines) + "\n"
 
 
-def scaling() -> str:
-    """The exponents that `subquad arena --scaling` last measured on a CPU."""
-    record = json.loads((DOCS / "results" / "scaling-cpu.json").read_text(encoding="utf-8"))
+def scaling(machine: str) -> str:
+    """The exponents that `subquad arena --scaling` last measured on a machine."""
+    record = json.loads((DOCS / "results" / f"scaling-{machine}.json").read_text(encoding="utf-8"))
     heads = ("train time", "train bytes", "decode time", "state bytes")
     columns = [f"{head}, {variable}" for variable in ("T", "d") for head in heads]
     lines = [
         f"| Row | Claimed: train, a token | {' | '.join(columns)} |",
         f"|---|---|{'--:|' * len(columns)}",
     ]
-    for row in scaling_from_json(record):
-        fits = [row.exponents(v)[q] for v in ("T", "d") for q in QUANTITIES]
-        claim = f"{ROWS[row.row].train}, {ROWS[row.row].decode}"
-        cells = (f"`{row.row}`", claim, *map(exponent_text, fits))
+    for row in record["rows"]:
+        fits = [row["exponents"][v][q] for v in ("T", "d") for q in QUANTITIES]
+        fits = [Exponent(fit["value"], fit["error"], 0, 0) for fit in fits]
+        claim = f"{ROWS[row['row']].train}, {ROWS[row['row']].decode}"
+        cells = (f"`{row['row']}`", claim, *map(exponent_text, fits))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -305,7 +307,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "cpu_results": cpu_results,
     "tasks": task_rows,
     "evidence": evidence,
-    "scaling": scaling,
+    "scaling": partial(scaling, "cpu"),
+    "scaling_gpu": partial(scaling, "h200"),
     "gpu_scan": gpu_scan,
     "gpu_crossing": gpu_crossing,
     "gpu_layers": gpu_layers,
