@@ -80,6 +80,11 @@ def test_legs_poles_are_the_eigenvalues_of_hippos_normal_part():
     torch.testing.assert_close(poles("legs", 8), want[want.imag.argsort()])
 
 
+def test_poles_come_in_pairs():
+    with pytest.raises(ValueError, match="^N: got 7; expected an even number"):
+        poles("lin", 7)
+
+
 def test_closed_forms_of_the_poles():
     pi = math.pi
     torch.testing.assert_close(

@@ -464,6 +464,13 @@ def test_bad_input_is_named(build, named):
         build()
 
 
+def test_no_steps_at_all_are_told_from_a_wrong_layout():
+    with pytest.raises(
+        ValueError, match=r"^u: got shape \(0, 1\); expected \[...,T,I\], no size 0"
+    ):
+        STABLE.discretize(0.1).simulate(torch.ones(0, 1))
+
+
 def test_integrators_may_be_convolved_and_growing_systems_simulated():
     integrator = StateSpace([[0.0, 1.0], [0.0, 0.0]], [[0.0], [1.0]], [[1.0, 0.0]]).discretize(0.1)
     u = randn(300, 1)

@@ -51,6 +51,8 @@ class S4D(Mixer):
         dt_max: float = 0.1,
     ) -> None:
         super().__init__(hidden_size, state_size=state_size)
+        if state_size % 2:
+            raise fail("state_size", state_size, "an even number", "poles come in pairs")
         if not 0 < dt_min <= dt_max:
             raise fail("dt_min", dt_min, f"0 < dt_min <= dt_max = {dt_max}", "order the two")
         self.steps = (dt_min, dt_max)

@@ -24,7 +24,7 @@ def poles(init: str, N: int) -> Tensor:
     """
     choose("init", init, ("legs", "inv", "lin", "real"))
     if not isinstance(N, int) or N < 2 or N % 2:
-        raise fail("state_size", repr(N), "an even number, at least 2", "poles come in pairs")
+        raise fail("N", repr(N), "an even number, at least 2", "poles come in pairs")
     n = torch.arange(N // 2, dtype=torch.float64)
     if init == "real":
         return torch.complex(-(n + 1), torch.zeros_like(n))

@@ -239,7 +239,8 @@ def check_parameter(name: str, x: object, ndim: int, layout: str) -> Tensor:
     if x.dtype not in DTYPES:
         raise fail(name, x.dtype, "float32 or 64, complex64 or 128", f"{name}.double()")
     if x.ndim < ndim or 0 in x.shape:
-        raise fail(name, f"shape {tuple(x.shape)}", layout, "check its layout and sizes")
+        expected = f"{layout}, no size 0" if 0 in x.shape else layout
+        raise fail(name, f"shape {tuple(x.shape)}", expected, "check its layout and sizes")
     return x
 
 
