@@ -81,7 +81,7 @@ def test_legs_poles_are_the_eigenvalues_of_hippos_normal_part():
 
 
 def test_poles_come_in_pairs():
-    with pytest.raises(ValueError, match="^N: got 7; expected an even number"):
+    with pytest.raises(ValueError, match=r"^N: got 7; expected an even number"):
         poles("lin", 7)
 
 
