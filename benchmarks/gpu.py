@@ -9,11 +9,13 @@ sequences of 1k to 128k, to find the length from which a linear row is the faste
 Milliseconds of forward and of forward + backward, medians: of eager calls, and of a captured
 graph's replays, which hold no launch from Python. Beside them the memory floor (each input read
 once and each output written once, at this machine's measured copy rate), peak memory and the first
-call's seconds. Peers tune themselves, their timings cut to 5 + 15 ms a configuration. As
-each operation takes a minute or two, `--side-by-side` first has a process for each compile what
-its tuning tries: the tuning that counts then runs alone and finds its kernels compiled. On Triton
-3.4 to 3.7.0 fla refuses the backward pass of gated chunks on Hopper, as a compiler fault makes its
-gradients wrong; `--lift-refusal` times it all the same.
+call's seconds. Peers tune themselves, their timings cut to 5 + 15 ms a configuration, each shape in
+a process of its own, as fla would run a long sequence with what it tuned on a short one. As each
+operation's tuning takes a minute or two, `--side-by-side` first has a process for each compile what
+it tries: the tuning that counts then runs alone and finds its kernels compiled. fla takes no shared
+keys: `fla_expanded` is fla with keys that were repeated for each head before the clock starts. On
+Triton 3.4 to 3.7.0 fla refuses the backward pass of gated chunks on Hopper, as a compiler fault
+makes its gradients wrong; `--lift-refusal` times it all the same.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,17 +111,18 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, gate: None) -> Tensor:
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
-def choose_peer(name: str, gate: str, shape: tuple[int, ...]) -> Callable[..., Tensor] | None:
-    """None where the peer has no such operation."""
-    if name == "ours":
-        return ours
-    if not runs(name, gate, shape):
-        return None
-    return {"fla": fla, "mamba_ssm": mamba_ssm}[name](gate, shape)
+PEERS = {"fla": fla, "fla_expanded": fla, "mamba_ssm": mamba_ssm}
 
 
-def runs(peer: str, gate: str, shape: tuple[int, ...]) -> bool:
-    return peer != "mamba_ssm" or (gate == "head" and shape[3] == 1)
+def peers_of(args: argparse.Namespace, gate: str, shape: tuple[int, ...]) -> list[str]:
+    """Those asked for that have such an operation."""
+    special = () if gate == "head" and shape[3] == 1 else ("mamba_ssm", "fla_expanded")
+    return [peer for peer in args.peers if peer not in special]
+
+
+def shape_for(peer: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    B, T, H, Hk, K, V = shape
+    return (B, T, H, H if peer == "fla_expanded" else Hk, K, V)
 
 
 def lift_refusal() -> None:
@@ -147,9 +151,16 @@ def describe_run(peers: list[str]) -> dict[str, Any]:
         "versions": {
             "torch": torch.__version__,
             "triton": triton.__version__,
-            **{peer: getattr(__import__(peer), "__version__", "unknown") for peer in peers},
+            **{peer: version_of(peer) for peer in peers if peer != "fla_expanded"},
         },
     }
+
+
+def version_of(peer: str) -> str:
+    try:
+        return getattr(__import__(peer), "__version__", "unknown")
+    except ImportError as error:  # it is told again where the peer would be measured
+        return f"{error}"
 
 
 def copy_rate() -> float:
@@ -223,8 +234,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gates", nargs="+", default=GATES, choices=GATES)
     parser.add_argument("--shapes", nargs="+", type=int, default=range(len(SHAPES)))
-    parser.add_argument("--peers", nargs="*", default=["fla"], choices=["fla", "mamba_ssm"])
+    parser.add_argument("--peers", nargs="*", default=["fla"], choices=PEERS)
     parser.add_argument("--crossing", action="store_true")
+    parser.add_argument("--tokens", nargs="+", type=int, default=CROSSING)
     parser.add_argument("--lift-refusal", action="store_true")
     parser.add_argument("--side-by-side", action="store_true")
     parser.add_argument("--compile-only", action="store_true", help=argparse.SUPPRESS)
@@ -239,9 +251,12 @@ def main() -> None:
         return
     if args.side_by_side:
         compile_side_by_side(args)
+    if len(args.shapes) > 1 and not args.crossing:
+        a_process_each(args)
+        return
     rate = copy_rate()
     report = describe_run(args.peers) | {"copy_TB_per_s": rate / 1e12, "rows": []}
-    for row in crossing() if args.crossing else against_peers(args, rate):
+    for row in crossing(args.tokens) if args.crossing else against_peers(args, rate):
         report["rows"].append(row)
         args.out.write_text(json.dumps(report, indent=1))
         torch.cuda.empty_cache()
@@ -258,21 +273,40 @@ def rows(args: argparse.Namespace) -> Iterator[tuple[int, str, str]]:
 
 def against_peers(args: argparse.Namespace, rate: float) -> Iterator[dict]:
     for _, name, gate in rows(args):
-        tensors, log_decay = inputs(SHAPES[name], gate)
-        row = {"shape": name, "gate": gate, "floor_ms": floor_ms(tensors, log_decay, rate)}
-        for peer in ("ours", *args.peers):
-            row |= measured(peer, choose_peer(peer, gate, SHAPES[name]), tensors, log_decay)
-            print(name, gate, peer, row.get(peer), flush=True)
+        shape = SHAPES[name]
+        given = inputs(shape, gate)
+        row = {"shape": name, "gate": gate, "floor_ms": floor_ms(*given, rate)} | measured(
+            "ours", lambda: ours, *given
+        )
+        print(name, gate, "ours", row["ours"], flush=True)
+        for peer in peers_of(args, gate, shape):
+            fitted = shape_for(peer, shape)
+            theirs = given if fitted == shape else inputs(fitted, gate)
+            row |= measured(peer, partial(PEERS[peer], gate, fitted), *theirs)
+            print(name, gate, peer, row[peer], flush=True)
         yield row
+
+
+def a_process_each(args: argparse.Namespace) -> None:
+    """Measure each shape in a process of its own, and put their reports together."""
+    report: dict[str, Any] = {}
+    for number in args.shapes:
+        part = args.out.with_suffix(f".{number}.json")
+        what = ["--shapes", str(number), "--gates", *args.gates, "--peers", *args.peers]
+        lift = ["--lift-refusal"] * args.lift_refusal
+        subprocess.run([sys.executable, __file__, *what, *lift, "--out", str(part)])
+        if part.exists():
+            found = json.loads(part.read_text())
+            report = found | {"rows": report.get("rows", []) + found["rows"]}
+            args.out.write_text(json.dumps(report, indent=1))
+            part.unlink()
 
 
 def compile_side_by_side(args: argparse.Namespace) -> None:
     """Fill Triton's cache with all that the peers' tuning tries, an operation a process."""
     children = []
     for number, name, gate in rows(args):
-        for peer in args.peers:
-            if not runs(peer, gate, SHAPES[name]):
-                continue
+        for peer in peers_of(args, gate, SHAPES[name]):
             what = ["--shapes", str(number), "--gates", gate, "--peers", peer, "--compile-only"]
             lift = ["--lift-refusal"] * args.lift_refusal
             children.append(subprocess.Popen([sys.executable, __file__, *what, *lift]))
@@ -285,30 +319,28 @@ def compile_side_by_side(args: argparse.Namespace) -> None:
 def compile_peers(args: argparse.Namespace) -> None:
     for _, name, gate in rows(args):
         for peer in args.peers:
-            tensors, log_decay = inputs(SHAPES[name], gate)
-            run = choose_peer(peer, gate, SHAPES[name])
-            call_both(run, tensors, log_decay, torch.randn_like(tensors[2]))
+            shape = shape_for(peer, SHAPES[name])
+            tensors, log_decay = inputs(shape, gate)
+            call_both(PEERS[peer](gate, shape), tensors, log_decay, torch.randn_like(tensors[2]))
 
 
-def crossing() -> Iterator[dict]:
-    for tokens in CROSSING:
+def crossing(lengths: list[int]) -> Iterator[dict]:
+    for tokens in lengths:
         shape = (max(1, 32768 // tokens), tokens, 16, 16, 128, 128)
         row = {"tokens": tokens, "batch": shape[0]}
         for gate in ("none", "head", "key"):
-            row |= measured(gate, ours, *inputs(shape, gate))
-        row |= measured("sdpa", sdpa, *inputs(shape, "none"))
+            row |= measured(gate, lambda: ours, *inputs(shape, gate))
+        row |= measured("sdpa", lambda: sdpa, *inputs(shape, "none"))
         print(
             {n: r if isinstance(r, int) else r.get("both_ms") for n, r in row.items()}, flush=True
         )
         yield row
 
 
-def measured(name: str, run: Callable | None, tensors: list, gate: Tensor | None) -> dict:
-    """{name: figures}; {} if there is nothing to run."""
-    if run is None:
-        return {}
+def measured(name: str, find: Callable[[], Callable], tensors: list, gate: Tensor | None) -> dict:
+    """{name: figures} of what `find` returns."""
     try:
-        return {name: measure(run, tensors, gate)}
+        return {name: measure(find(), tensors, gate)}
     except Exception as error:  # a peer that cannot run is a result
         return {name: {"error": f"{type(error).__name__}: {error}"[:200]}}
 

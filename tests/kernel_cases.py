@@ -79,10 +79,10 @@ def chunked_torch(*arguments):
 
 
 def results(
-    run: Run, case: Case, device: str, dtype: torch.dtype | None = None
+    run: Run, case: Case, device: str, dtype: torch.dtype | None = None, seed: int = 0
 ) -> dict[str, Tensor]:
     """Outputs and every gradient of `run` on the inputs (cast to dtype, if one is given)."""
-    inputs = case.inputs(device)
+    inputs = case.inputs(device, seed)
     leaves = {
         name: None if x is None else x.to(dtype or x.dtype).detach().requires_grad_()
         for name, x in inputs.items()
@@ -95,6 +95,18 @@ def results(
     found = {"o": o, "final": final}
     found |= {f"d{name}": x.grad for name, x in leaves.items() if x is not None}
     return {name: x.detach() for name, x in found.items()}
+
+
+def draws(run: Run, case: Case, device: str, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """`results` of several draws of inputs, end to end, where a result has but few numbers.
+
+    A fixed gate's gradient has one a head, each the sum over all tokens of terms of either sign:
+    of one draw, the relative error says as much about the draw as about the arithmetic.
+    """
+    found = [
+        results(run, case, device, dtype, seed) for seed in range(8 if case.gate == "[H]" else 1)
+    ]
+    return {name: torch.cat([one[name].flatten() for one in found]) for name in found[0]}
 
 
 def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:

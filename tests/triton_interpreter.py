@@ -1,8 +1,8 @@
 """Triton's interpreter for the kernels on a CPU: import this before anything imports Triton.
 
-Two faults of the interpreter of Triton 3.6 are mended here, both outside our kernels: it turns
-one-element arrays to int, which numpy 2.4 refuses, and it multiplies the bit patterns of bfloat16
-operands instead of their values.
+Three faults of the interpreter of Triton 3.6 are mended here, all outside our kernels: it turns
+one-element arrays to int, which numpy 2.4 refuses; it multiplies the bit patterns of bfloat16
+operands instead of their values; and it cuts numbers off to bfloat16 where a GPU rounds them.
 """
 
 import os
@@ -40,5 +40,20 @@ def _mend_dot() -> None:
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
+def _mend_rounding() -> None:
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def cast_impl(self, src, dst_type):
+        if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16:
+            return cast(self, src, dst_type)
+        bits = src.data.view(np.uint32)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16  # ties to even
+        found = np.where(np.isnan(src.data), 0x7FC0, nearest).astype(np.uint16)
+        return interpreter.TensorHandle(found, tl.bfloat16)
+
+    interpreter.InterpreterBuilder.cast_impl = cast_impl
+
+
 _mend_index()
 _mend_dot()
+_mend_rounding()

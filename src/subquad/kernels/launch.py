@@ -6,11 +6,14 @@ and more; one after another they are most of the first call's time.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 _met: set[tuple] = set()
+# `witness.script`, where a thread has one, is told of its launches: replay.py's recordings.
+witness = threading.local()
 
 
 class Launch(NamedTuple):
@@ -31,8 +34,19 @@ def launch(launches: Sequence[Launch]) -> None:
     if new:
         _compile(new)
         _met.update(one.key for one in new)
+    script = getattr(witness, "script", None)
     for one in launches:
-        one.kernel[one.grid](*one.arguments, **one.options)
+        compiled = one.kernel[one.grid](*one.arguments, **one.options)
+        if script is not None:
+            script.note_launch(one, compiled)
+
+
+def launch_of(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> Launch:
+    return Launch(kernel, grid, arguments, options)
+
+
+def launch_one(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    launch([Launch(kernel, grid, arguments, options)])
 
 
 def _compile(launches: Sequence[Launch]) -> None:

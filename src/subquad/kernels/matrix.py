@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import shared
 from .gpu import DTYPES, triton_missing
-from .launch import launch
+from .launch import Launch, launch, launch_of
 from .layout import KEY, blocks, choose_tiles, gate_kind, segment_length
 from .operator import operator
 from .passes import (
@@ -28,6 +28,7 @@ from .passes import (
     states_to_keep,
     strided,
 )
+from .replay import replayed
 
 GATE_NAMES = ("no decay", "fixed decay per head", "decay per head", "decay per key channel")
 
@@ -102,6 +103,7 @@ def linear_recurrence(
 
 
 @operator("subquad::scan_forward")
+@replayed
 def scan_forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, bonus: Tensor | None,
     state: Tensor | None, cu_seqlens: Tensor | None, scale: float,
@@ -112,18 +114,20 @@ def scan_forward(
     """
     q, k, v = strided(q), strided(k), strided(v)
     heads = v.shape[2]
-    gate, layout, tiles, _ = plan(k, v, log_decay, cu_seqlens)
+    queue: list[Launch] = []
+    gate, layout, tiles, _ = plan(k, v, log_decay, cu_seqlens, queue)
     state = None if state is None else state.contiguous()
     bonus = None if bonus is None else bonus.contiguous()
     o = torch.empty(v.shape, device=v.device, dtype=v.dtype)
     entering, joined = empty_states(k, v, 0), None
     if layout.split:
         walk = (gate, layout, tiles, heads)
-        state, joined = enter_segments(k, v, *walk, state, False, 1.0, bonus)
+        state, joined = enter_segments(k, v, *walk, state, False, 1.0, bonus, queue)
         entering = state
     finish = empty_states(k, v, layout.segments) if joined is None else None
-    launch(scan_launches(q, k, v, o, gate, layout, tiles, heads, scale=scale, bonus=bonus,
-                         start=state, finish=finish))  # fmt: skip
+    queue += scan_launches(q, k, v, o, gate, layout, tiles, heads, scale=scale, bonus=bonus,
+                           start=state, finish=finish)  # fmt: skip
+    launch(queue)
     return o, left_over(joined, finish, layout, False), entering
 
 
@@ -135,6 +139,7 @@ def _(q, k, v, log_decay, bonus, state, cu_seqlens, scale):
 
 
 @operator("subquad::scan_backward")
+@replayed
 def scan_backward(
     do: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None,
     bonus: Tensor | None, state: Tensor | None, entering: Tensor, cu_seqlens: Tensor | None,
@@ -150,14 +155,15 @@ def scan_backward(
             do, dfinal, q, k, v, log_decay, state, entering, cu_seqlens, scale, with_gate
         )
         return dq, dk, dv, dslopes, v.new_empty(0), dstate
-    gate, layout, value_tiles, key_tiles = plan(k, v, log_decay, cu_seqlens)
+    queue: list[Launch] = []
+    gate, layout, value_tiles, key_tiles = plan(k, v, log_decay, cu_seqlens, queue)
     bonus = None if bonus is None else bonus.contiguous()
 
     joined = None
     if layout.split:
         state = entering
         walk = (gate, layout, value_tiles, heads)
-        dfinal, joined = enter_segments(q, do, *walk, dfinal, True, scale, bonus)
+        dfinal, joined = enter_segments(q, do, *walk, dfinal, True, scale, bonus, queue)
     finish = empty_states(k, v, layout.segments) if joined is None else None
 
     dv = torch.empty(v.shape, device=v.device, dtype=v.dtype)
@@ -180,20 +186,22 @@ def scan_backward(
     if bonus is not None:
         dbonus = v.new_empty(layout.segments, heads, width, dtype=torch.float32)
     run = partial(scan_launches, gate=gate, layout=layout, heads=heads, scale=scale, bonus=bonus)
-    launch([
+    queue += [
         *run(k, q, do, dv, tiles=value_tiles, reverse=True, start=dfinal, finish=finish),
         *run(do, v, k, dq, tiles=key_tiles, out=True, start=state, finish=ends, partner=q,
              reads=reads),
         *run(v, do, q, dk, tiles=key_tiles, out=True, reverse=True, start=dfinal, ends=ends,
              partner=k, reads=writes, totals=tails, dgate=dgate, dbonus=dbonus),
-    ])  # fmt: skip
+    ]  # fmt: skip
     if tails is not None:
         from .gates import sum_slopes
 
-        sum_slopes[(layout.segments * heads,)](
+        queue.append(launch_of(
+            sum_slopes, (layout.segments * heads,),
             reads, writes, tails, dgate, *layout.walk(v), H=heads, BLOCKS=parts, C=1024,
             FIXED=gate.fixed, BONUS=bonus is not None, PACKED=layout.table is not None,
-        )  # fmt: skip
+        ))  # fmt: skip
+    launch(queue)
     return (
         _unshare(dq, q), _unshare(dk, k), dv, _fold(dgate, log_decay, v), _fold(dbonus, bonus, v),
         left_over(joined, finish, layout, True),

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from .gpu import reason_to_decline
+from .launch import launch_one
 from .layout import gate_kind, padded
 from .matrix import GATE_NAMES
 from .operator import operator
+from .replay import replayed
 
 TILE = 8192  # cells of the state a program: 64 in the registers of each of its threads
 WARPS = 4
@@ -38,6 +40,7 @@ def describe(q: Tensor, v: Tensor, log_decay: Tensor | None, erase: int) -> str:
 
 
 @operator("subquad::matrix_step")
+@replayed
 def step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None,
     a: Tensor | None, b: Tensor | None, bonus: Tensor | None, scale: float,
@@ -59,6 +62,7 @@ def _(q, k, v, log_decay, beta, a, b, bonus, scale, state):
 
 
 @operator("subquad::matrix_step_", mutates=("state",))
+@replayed
 def step_(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, beta: Tensor | None,
     a: Tensor | None, b: Tensor | None, bonus: Tensor | None, scale: float, state: Tensor,
@@ -105,7 +109,8 @@ def _launch(
         gate_strides = _strides(log_decay)
     absent = q  # a valid pointer that the kernel never follows
     erase = sum(x is not None for x in (beta, a, b))
-    kernel[(batch * heads * -(-columns // block),)](
+    launch_one(
+        kernel, (batch * heads * -(-columns // block),),
         q, k, v,
         *(absent if x is None else x for x in (log_decay, beta, a, b, bonus, state)),
         o, new, *_strides(q), *_strides(k), *_strides(v), *gate_strides,

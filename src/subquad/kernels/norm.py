@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from .gpu import reason_to_decline, rows
+from .launch import launch_one
 from .operator import operator
+from .replay import replayed
 
 WIDEST = 16384  # channels of a group: a program holds all of one
 TILE = 1024  # numbers a program holds of each tensor, or one group's, if that is more
@@ -27,6 +29,7 @@ def supported(size: int, *tensors: Tensor | None) -> str | None:
 
 
 @operator("subquad::rms_norm")
+@replayed
 def norm(
     x: Tensor, gate: Tensor | None, weight: Tensor | None, values: Tensor | None,
     skip: Tensor | None, size: int, gate_first: bool, eps: float, scale: float,
@@ -44,7 +47,8 @@ def norm(
     y = _result(x, gate, dtype)
     options = _options(x.shape[-1], size, *_kind(gate, gate_first, weight, skip, size))
     x, gate, values = rows(x), _rows(gate), _rows(values)
-    forward[(-(-tokens // options["BT"]) * options["G"],)](
+    launch_one(
+        forward, (-(-tokens // options["BT"]) * options["G"],),
         x, *_or(x, gate, weight, values, skip), y, tokens, x.stride(0), _stride(gate),
         _stride(values), eps, scale, **options,
     )  # fmt: skip
@@ -57,6 +61,7 @@ def _(x, gate, weight, values, skip, size, gate_first, eps, scale, dtype):
 
 
 @operator("subquad::rms_norm_backward")
+@replayed
 def norm_backward(
     dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor | None, values: Tensor | None,
     skip: Tensor | None, size: int, gate_first: bool, eps: float, scale: float,
@@ -76,7 +81,8 @@ def norm_backward(
         x.new_empty(pieces if given is not None else 0, channels, dtype=torch.float32)
         for given in (weight, skip)
     )
-    backward[(pieces * options["G"],)](
+    launch_one(
+        backward, (pieces * options["G"],),
         dy, x, *_or(x, gate, weight, values, skip), dx, dgate, dvalues, parts, skip_parts, tokens,
         dy.stride(0), x.stride(0), _stride(gate), _stride(values), eps, scale, STEPS=STEPS,
         **options,

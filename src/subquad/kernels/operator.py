@@ -9,6 +9,7 @@ is recorded to an `autograd.Function` of the same two halves.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -31,7 +32,9 @@ class Operator:
     """
 
     def __init__(self, name: str, launch: Callable[..., Any], mutates: Iterable[str] = ()) -> None:
-        self.op = torch.library.custom_op(name, launch, mutates_args=tuple(mutates))
+        mutates = tuple(mutates)
+        schema = torch.library.infer_schema(inspect.unwrap(launch), mutates_args=mutates)
+        self.op = torch.library.custom_op(name, launch, mutates_args=mutates, schema=schema)
         names = [argument.name for argument in self.op._opoverload._schema.arguments]
         self._launch = launch
         self._mutated = tuple(names.index(argument) for argument in mutates)

@@ -1,4 +1,7 @@
-"""What a pass of the scan is made of: gates prepared and summed, layouts, launches."""
+"""What a pass of the scan is made of: gates prepared and summed, layouts, launches.
+
+Launches go into a `queue`, to be run at once: what is new of them is then compiled side by side.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import Launch, launch
+from .launch import Launch, launch_of
 from .layout import (
     HEAD,
     KEY,
@@ -53,7 +56,9 @@ def prepare_gate(log_decay: Tensor | None, like: Tensor) -> Gate:
     return Gate(kind, False, log_decay, log_decay.stride(1), log_decay.stride(2))
 
 
-def sum_gate(gate: Gate, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int) -> Gate:
+def sum_gate(
+    gate: Gate, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk: int, queue: list[Launch]
+) -> Gate:
     """Sums of the gates, made once and shared by the scans of o, dq, dk and dv."""
     if gate.kind not in (HEAD, KEY):
         return gate
@@ -68,18 +73,20 @@ def sum_gate(gate: Gate, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, chunk:
         precise = v.dtype != torch.bfloat16
         wholes = torch.empty(heads, chunks, chunk, device=v.device, dtype=torch.float32)
         parts = torch.empty_like(wholes) if precise else wholes
-        sum_head_gates[grid](
+        queue.append(launch_of(
+            sum_head_gates, grid,
             gate.values, wholes, parts, *pieces.walk(wholes), chunks, gate.token, gate.head,
             H=heads, C=chunk, PACKED=packed, PRECISE=precise,
-        )  # fmt: skip
+        ))  # fmt: skip
         return gate._replace(sums=(wholes, parts, wholes))
     first = torch.empty(chunks, heads, width, device=v.device, dtype=torch.float32)
     last = torch.empty_like(first)
     fits = torch.empty(heads, chunks, device=v.device, dtype=torch.int32)
-    sum_key_gates[grid](
+    queue.append(launch_of(
+        sum_key_gates, grid,
         gate.values, first, last, fits, *pieces.walk(first), chunks, gate.token, gate.head,
         H=heads, K=width, BK=padded(width), C=chunk, PACKED=packed, num_warps=1,
-    )  # fmt: skip
+    ))  # fmt: skip
     return gate._replace(sums=(first, last, fits))
 
 
@@ -147,7 +154,7 @@ def _dot_type(dtype: torch.dtype) -> tuple[object, str]:
 
 def enter_segments(
     w: Tensor, x: Tensor, gate: Gate, layout: Layout, tiles: Tiles, heads: int,
-    start: Tensor | None, reverse: bool, scale: float, bonus: Tensor | None,
+    start: Tensor | None, reverse: bool, scale: float, bonus: Tensor | None, queue: list[Launch],
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The state that enters each segment; and, if packed, the one that leaves each sequence."""
     from .tiles import join
@@ -157,15 +164,16 @@ def enter_segments(
     totals = x.new_empty(layout.segments, heads, width, dtype=torch.float32)
     packed = layout.offsets is not None
     final = empty_states(w, x, layout.sequences) if packed else None
-    launch(scan_launches(None, w, x, None, gate, layout, tiles, heads, reverse=reverse,
-                         scale=scale, finish=states, totals=totals, bonus=bonus))  # fmt: skip
+    queue += scan_launches(None, w, x, None, gate, layout, tiles, heads, reverse=reverse,
+                           scale=scale, finish=states, totals=totals, bonus=bonus)  # fmt: skip
     block = min(1024, padded(width * columns))
-    join[(layout.sequences * heads * -(-width * columns // block),)](
+    queue.append(launch_of(
+        join, (layout.sequences * heads * -(-width * columns // block),),
         states, states if start is None else start, final if packed else states, totals,
         layout.offsets if packed else totals, layout.per_row,
         H=heads, K=width, V=columns, BLOCK=block, GATED=gate.kind != NONE, REVERSE=reverse,
         START=start is not None, PACKED=packed,
-    )  # fmt: skip
+    ))  # fmt: skip
     return states, final
 
 
@@ -208,7 +216,9 @@ class Plan(NamedTuple):
     key_tiles: Tiles  # for dq and dk
 
 
-def plan(k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None) -> Plan:
+def plan(
+    k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, queue: list[Launch]
+) -> Plan:
     batch, tokens, _, columns = v.shape
     width = k.shape[-1]
     gate = prepare_gate(log_decay, v)
@@ -216,7 +226,7 @@ def plan(k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | No
     key_tiles = choose_tiles(columns, width, v.dtype, gate.kind, gate.kind != NONE)
     length = segment_tokens(k, v, gate.kind)
     layout = lay_out(batch, tokens, length, cu_seqlens, value_tiles.chunk)
-    gate = sum_gate(gate, k, v, cu_seqlens, value_tiles.chunk)
+    gate = sum_gate(gate, k, v, cu_seqlens, value_tiles.chunk, queue)
     return Plan(gate, layout, value_tiles, key_tiles)
 
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .launch import launch_one
+from .replay import replayed
+
 TOKENS = 32  # of a tile; a state is kept before each for the backward pass
 _NUMBERS = 64  # state numbers [BD,BN] of a program: more, and a tile does not fit in registers
 # Each share of dB and dC is a tensor of its own, so there are no more of them than fill the chip.
@@ -25,6 +28,7 @@ def _tiles(A: Tensor) -> dict[str, int]:
     return {"D": D, "N": N, "BT": TOKENS, "BD": max(1, _NUMBERS // BN), "BN": BN}
 
 
+@replayed
 def forward(
     x: Tensor,
     dt: Tensor,
@@ -47,13 +51,15 @@ def forward(
     checkpoints = x.new_empty(K, *A.shape)
     sizes = _tiles(A)
     blocks = -(-sizes["D"] // sizes["BD"])
-    kernel[(S * blocks,)](
+    launch_one(
+        kernel, (S * blocks,),
         x, dt, A, B, C, D, state, bounds, y, last, checkpoints, x.shape[1],
         BLOCKS=blocks, PACKED=bounds is not None, SAVE=save, **sizes,
     )  # fmt: skip
     return y, last, checkpoints
 
 
+@replayed
 def backward(
     dy: Tensor,
     dlast: Tensor,
@@ -83,7 +89,8 @@ def backward(
     dx, ddt, dstate = torch.empty_like(x), torch.empty_like(dt), torch.empty_like(state)
     dA = A.new_empty(S, *A.shape)
     dB, dC = (x.new_empty(parts, *B.shape) for _ in range(2))
-    kernel[(S * parts,)](
+    launch_one(
+        kernel, (S * parts,),
         dy, dlast, x, dt, A, B, C, D, bounds, checkpoints,
         dx, ddt, dA, dB, dC, dstate, x.shape[1], tokens,
         PARTS=parts, EACH=each, PACKED=bounds is not None, **sizes,

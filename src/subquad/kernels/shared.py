@@ -46,13 +46,16 @@ def gradients(
     entering: the states that entered the segments of the forward pass, if it was split.
     """
     batch, tokens, heads, width = v.shape
-    gate = sum_gate(prepare_gate(log_decay, v), k, v, cu_seqlens, CHUNK)
+    queue: list[Launch] = []
+    gate = sum_gate(prepare_gate(log_decay, v), k, v, cu_seqlens, CHUNK, queue)
     length = segment_tokens(k, v, gate.kind)
     walk = lay_out(batch, tokens, length, cu_seqlens, CHUNK)
     joined = None
     if walk.split:
         state = entering
-        dfinal, joined = enter_segments(q, do, gate, walk, WALK, heads, dfinal, True, scale, None)
+        dfinal, joined = enter_segments(
+            q, do, gate, walk, WALK, heads, dfinal, True, scale, None, queue
+        )
     finish = empty_states(k, v, walk.segments) if joined is None else None
     cut = lay_out(batch, tokens, CHUNK, cu_seqlens, CHUNK)
     states, dstates = (v.new_empty(cut.segments, heads, width, k.shape[-1]) for _ in range(2))
@@ -65,11 +68,12 @@ def gradients(
     dq, dk = (v.new_empty(*k.shape[:3], parts, k.shape[-1]) for _ in range(2))
     dv = torch.empty(v.shape, device=v.device, dtype=v.dtype)
     dgate = v.new_empty(v.shape[:3] if with_gate else 0, dtype=torch.float32)
-    launch([
+    queue += [
         _walk(k, v, gate, walk, state, states, None, 1.0, False),
         _walk(q, do, gate, walk, dfinal, dstates, finish, scale, True),
         *_chunks(q, k, v, do, gate, cut, states, dstates, dq, dk, dv, dgate, scale, parts, each),
-    ])  # fmt: skip
+    ]
+    launch(queue)
     if parts > 1:
         dq, dk = dq.sum(3), dk.sum(3)
     if with_gate and gate.fixed:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from .gpu import reason_to_decline
+from .launch import launch_one
 from .operator import operator
+from .replay import replayed
 
 WIDEST = 8  # taps, unrolled
 CHANNELS = 128  # of a program, four to a thread
@@ -29,6 +31,7 @@ def supported(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | No
 
 
 @operator("subquad::convolve")
+@replayed
 def convolve(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None,
     cu_seqlens: Tensor | None, silu: bool,
@@ -40,7 +43,8 @@ def convolve(
     x, weight, bias, state = _laid_out(x, weight, bias, state)
     y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     pieces, length = _pieces(batch, tokens, channels, LENGTH)
-    forward[(pieces * -(-channels // CHANNELS),)](
+    launch_one(
+        forward, (pieces * -(-channels // CHANNELS),),
         x, weight, *_or(x, bias, state, *_sequences(tokens, cu_seqlens)), y, tokens, length,
         _stride(x), D=channels, W=weight.shape[1], BD=CHANNELS, AT_ONCE=AT_ONCE,
         BIAS=bias is not None, STATE=state is not None, SILU=silu, PACKED=cu_seqlens is not None,
@@ -55,6 +59,7 @@ def _(x, weight, bias, state, cu_seqlens, silu):
 
 
 @operator("subquad::convolve_backward")
+@replayed
 def convolve_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None,
     cu_seqlens: Tensor | None, silu: bool, with_state: bool,
@@ -73,7 +78,8 @@ def convolve_backward(
     dx = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     dz = torch.empty(x.shape, device=x.device, dtype=dy.dtype) if with_state and silu else dy
     parts = torch.empty(pieces, taps + 1, channels, device=x.device, dtype=torch.float32)
-    backward[(pieces * blocks,)](
+    launch_one(
+        backward, (pieces * blocks,),
         dy, x, weight, *_or(x, bias, state), own, bounds, dx, dz, parts, tokens, length,
         _stride(dy), _stride(x), AT_ONCE=AT_ONCE, BIAS=bias is not None,
         STATE=state is not None, SILU=silu, KEEP=dz is not dy, num_warps=WARPS, **shared,
@@ -81,9 +87,10 @@ def convolve_backward(
     dstate = x.new_empty(0)
     if with_state:
         dstate = torch.empty(state.shape, device=x.device, dtype=state.dtype)
-        backward_state[(state.shape[0] * blocks,)](
-            dz, weight, bounds, dstate, tokens, _stride(dz), **shared
-        )
+        launch_one(
+            backward_state, (state.shape[0] * blocks,),
+            dz, weight, bounds, dstate, tokens, _stride(dz), **shared,
+        )  # fmt: skip
     sums = parts.sum(0)  # [taps, then the bias; channels]
     dweight = torch.empty_like(weight).copy_(sums[:taps].t())
     return dx, dweight, sums[taps].to(weight.dtype if bias is None else bias.dtype), dstate
@@ -116,6 +123,7 @@ convolve.register_autograd(_gradients, setup=_save)
 
 
 @operator("subquad::convolve_one_token")
+@replayed
 def one_token(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor]:
@@ -132,6 +140,7 @@ def _(x, weight, bias, state, silu):
 
 
 @operator("subquad::convolve_one_token_", mutates=("state",))
+@replayed
 def one_token_(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool) -> Tensor:
     """`one_token`, the next state written over `state`: contiguous, in x's dtype."""
     return _launch_one_token(x, weight, bias, state, silu, state)
@@ -150,7 +159,8 @@ def _launch_one_token(
     x, weight, bias, state = _laid_out(x, weight, bias, state)
     y = torch.empty(x.shape, device=x.device, dtype=x.dtype)
     channels, block = x.shape[2], 256
-    kernel[(x.shape[0] * x.shape[1] * -(-channels // block),)](
+    launch_one(
+        kernel, (x.shape[0] * x.shape[1] * -(-channels // block),),
         x, weight, *_or(x, bias, state), y, new, _stride(x), D=channels, W=weight.shape[1],
         BD=block, BIAS=bias is not None, STATE=state is not None, SILU=silu, num_warps=2,
     )  # fmt: skip

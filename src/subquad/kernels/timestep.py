@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from .gpu import head_tiles, reason_to_decline, rows
+from .launch import launch_one
 from .operator import operator
+from .replay import replayed
 
 WIDEST = 4096  # channels of a head
 TILE = 2048  # numbers a program holds of x
@@ -25,6 +27,7 @@ def supported(x: Tensor | None, dt: Tensor, dt_bias: Tensor, A_log: Tensor) -> s
 
 
 @operator("subquad::discretise")
+@replayed
 def discretise(
     x: Tensor | None, dt: Tensor, dt_bias: Tensor, A_log: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -37,7 +40,8 @@ def discretise(
     v, log_decay = _results(x, dt)
     flat, raw, sizes = None if x is None else rows(x.flatten(2)), rows(dt), _tiles(x, dt)
     tokens = raw.shape[0]
-    forward[(-(-tokens // sizes["BT"]) * sizes["H"],)](
+    launch_one(
+        forward, (-(-tokens // sizes["BT"]) * sizes["H"],),
         dt if flat is None else flat, raw, dt_bias.contiguous(), A_log.contiguous(), v, log_decay,
         tokens, 0 if flat is None else flat.stride(0), raw.stride(0), VALUES=x is not None, **sizes,
     )  # fmt: skip
@@ -50,6 +54,7 @@ def _(x, dt, dt_bias, A_log):
 
 
 @operator("subquad::discretise_backward")
+@replayed
 def discretise_backward(
     dv: Tensor, dlog_decay: Tensor, x: Tensor | None, dt: Tensor, dt_bias: Tensor, A_log: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -63,7 +68,8 @@ def discretise_backward(
     tokens, heads = raw.shape[0], sizes["H"]
     pieces = -(-tokens // (sizes["BT"] * STEPS))
     parts = dt.new_empty(pieces, 2, heads, dtype=torch.float32)
-    backward[(pieces * heads,)](
+    launch_one(
+        backward, (pieces * heads,),
         dflat, dlog_decay.contiguous(), flat, raw, dt_bias.contiguous(), A_log.contiguous(),
         dx, draw, parts, tokens, dflat.stride(0), flat.stride(0), raw.stride(0), STEPS=STEPS,
         VALUES=x is not None, **sizes,
