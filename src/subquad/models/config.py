@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -111,14 +112,15 @@ class SubquadConfig(PreTrainedConfig):
             _check_integer("intermediate_size", self.intermediate_size, at_least=0)
         for name in ("norm_eps", "initializer_range"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not value > 0:
+            if not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise fail(name, repr(value), "a number above 0", "the default suits most models")
 
     def _check_token_ids(self) -> None:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(self, name)
             for token in value if isinstance(value, list | tuple) else [value]:
-                if token is not None and not 0 <= token < self.vocab_size:
+                known = isinstance(token, int) and 0 <= token < self.vocab_size
+                if token is not None and not known:
                     raise fail(
                         name,
                         repr(value),
