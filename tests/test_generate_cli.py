@@ -139,6 +139,7 @@ def test_draw_temperature_and_nucleus():
     [
         ({"ids": []}, "ids"),
         ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"max_new_tokens": 1.5}, "max_new_tokens"),
         ({"temperature": -0.5}, "temperature"),
         ({"top_p": 1.5}, "top_p"),
     ],
@@ -147,6 +148,16 @@ def test_bad_arguments_are_named_at_once(options, name):
     arguments = {"ids": [1], "max_new_tokens": 3, **options}
     with pytest.raises(ValueError, match=f"^{name}: got"):
         generate_tokens(tiny("gla"), **arguments)  # not only when the first token is asked for
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_model_whose_logits_are_no_numbers_says_nothing(broken, temperature):
+    model = tiny("gla")
+    with torch.no_grad():
+        model.lm_head.weight[7] = broken
+    with pytest.raises(ValueError, match=r"^model: got logits that are no finite numbers; "):
+        take(model, 3, temperature=temperature, seed=0)
 
 
 # ---- text

@@ -8,6 +8,7 @@ import torch
 
 from subquad.generate.sample import draw
 from subquad.models import SubquadForCausalLM
+from subquad.recurrence.validate import fail
 
 _PREFILL = 2048  # tokens of the prompt per pass: bounds the memory that a long prompt takes
 _PATIENCE = 8  # tokens to wait for the rest of a character
@@ -58,7 +59,8 @@ def generate_tokens(
     Nothing is kept but the model's cache, so with linear-time rows memory does not grow. A seed
     makes the draw repeatable; None draws afresh. A token of `stop_ids` ends it, unyielded.
 
-    Raises ValueError: an empty prompt, max_new_tokens < 0, temperature < 0, top_p outside [0, 1].
+    Raises ValueError: an empty prompt, max_new_tokens < 0, temperature < 0, top_p outside [0, 1];
+    on the CPU also for a model whose logits are no numbers.
     """
     _check(len(ids) > 0, "ids", "an empty prompt", "at least one token, such as bos")
     _check_settings(max_new_tokens, temperature, top_p)
@@ -138,9 +140,10 @@ def _steps(
         output = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache = output.past_key_values
     for left in reversed(range(max_new_tokens)):
-        tokens = draw(
-            output.logits[:, -1], temperature=temperature, top_p=top_p, generator=generator
-        )
+        logits = output.logits[:, -1]
+        if logits.is_cpu:  # elsewhere somebody would have to wait for the answer
+            _check_finite(logits)
+        tokens = draw(logits, temperature=temperature, top_p=top_p, generator=generator)
         read = _reading(tokens)
         step = partial(model, tokens[:, None], past_key_values=cache, use_cache=True, **options)
         if left and tokens.is_cuda:
@@ -231,7 +234,15 @@ def _check(ok: bool, name: str, came: object, expected: str) -> None:
         raise ValueError(f"{name}: got {came!r}; expected {expected}")
 
 
+def _check_finite(logits: torch.Tensor) -> None:
+    """A draw would make tokens of NaN, too. (-inf is fine: it rules a token out.)"""
+    if not bool(logits.amax(-1).isfinite().all()):
+        got, fix = "logits that are no finite numbers", "look at its weights; did training diverge?"
+        raise fail("model", got, "numbers", fix)
+
+
 def _check_settings(max_new_tokens: int, temperature: float, top_p: float) -> None:
-    _check(max_new_tokens >= 0, "max_new_tokens", max_new_tokens, "0 or more")
+    counts = isinstance(max_new_tokens, int) and max_new_tokens >= 0
+    _check(counts, "max_new_tokens", max_new_tokens, "an integer, 0 or more")
     _check(temperature >= 0, "temperature", temperature, "0 (the likeliest token) or more")
     _check(0 <= top_p <= 1, "top_p", top_p, "a probability from 0 to 1")
