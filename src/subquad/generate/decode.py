@@ -237,7 +237,7 @@ def _check(ok: bool, name: str, came: object, expected: str) -> None:
 def _check_finite(logits: torch.Tensor) -> None:
     """A draw would make tokens of NaN, too. (-inf is fine: it rules a token out.)"""
     if not bool(logits.amax(-1).isfinite().all()):
-        got, fix = "logits that are no finite numbers", "look at its weights; did training diverge?"
+        got, fix = "logits that are no finite numbers", "train it at a lower rate"
         raise fail("model", got, "numbers", fix)
 
 

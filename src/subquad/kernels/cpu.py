@@ -215,7 +215,9 @@ def _run_on_threads(share: Callable[[], None], threads: int) -> None:
     Threads beside it would get what is left of the cores: half the speed, measured on two.
     """
     global _pool
-    if _parallel is not None and not _forked:
+    if threads == 1:
+        _flushing(share)
+    elif _parallel is not None and not _forked:
         caller, returned = get_ident(), []
 
         def body(_: int) -> None:
