@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from evidence_report import save
+from evidence_report import machine_text, save
 
 from subquad import tasks
 from subquad.arena.folder import describe_machine
@@ -105,8 +105,9 @@ def page(record: dict[str, Any], orders: tuple[int, ...]) -> str:
         "What is lost of a signal's whole past, by discretisation and number of coefficients N?",
         "",
         f"HiPPO-LegS, {record['signals']} signals of {task['length']:,} samples, {task['waves']} "
-        f"sines up to {task['band']:g} cycles, seed {record['seed']}; NMSE, mean over signals. "
-        f"Beside it the mean squared error of {record['reference']['source']}.",
+        f"sines up to {task['band']:g} cycles, seed {record['seed']}; NMSE, mean over signals; "
+        f"{machine_text(record['environment'])}. Beside it the mean squared error of "
+        f"{record['reference']['source']}.",
         "",
         f"| method | {' | '.join(f'N = {n}' for n in orders)} | reference, N = 64 |",
         f"|---|{'--:|' * (len(orders) + 1)}",

@@ -196,7 +196,7 @@ def page(record: dict[str, Any]) -> str:
 def _conditions(record: dict[str, Any]) -> str:
     """How it was run, in sentences."""
     recipe, runs = record["recipe"], record["runs"]
-    machines = dict.fromkeys(_machine(run["environment"]) for run in runs)
+    machines = dict.fromkeys(machine_text(run["environment"]) for run in runs)
     dates = sorted(run["environment"]["date"] for run in runs)
     dates = list(dict.fromkeys((dates[0], dates[-1])))
     rates = sorted({run["lr"] or recipe["lr"] for run in runs})
@@ -215,7 +215,7 @@ def _conditions(record: dict[str, Any]) -> str:
     return " ".join(sentences)
 
 
-def _machine(environment: dict[str, Any]) -> str:
+def machine_text(environment: dict[str, Any]) -> str:
     threads = environment["threads"]
     return (
         f"{environment['device']} ({environment['processor']}, {threads} thread"
