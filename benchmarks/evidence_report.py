@@ -160,7 +160,9 @@ def page(record: dict[str, Any]) -> str:
     """The table and the verdict in Markdown."""
     values: Values = record["values"]
     tests = list(next(iter(values.values())))
-    shown = tests if len(tests) <= 6 else [tests[round(i * (len(tests) - 1) / 5)] for i in range(6)]
+    shown = (
+        tests if len(tests) <= 11 else [tests[round(i * (len(tests) - 1) / 7)] for i in range(8)]
+    )
     reported = record["paper"]["reported"]
     seeds = len({run["seed"] for run in record["runs"]})
     lines = [
@@ -240,6 +242,10 @@ def plot(
         axes.plot(*zip(*points), marker="o", markersize=4, linestyle=style, label=label)
     if against != "steps":
         axes.set_xscale("log", base=2)
+    if against == "positions":
+        tested = sorted({x for points in lines.values() for x, _ in points})
+        axes.set_xticks(tested, [f"{x:,}" for x in tested], rotation=30 if len(tested) > 9 else 0)
+        axes.minorticks_off()
     axes.set_xlabel(against)
     axes.set_ylabel(experiment.quantity)
     axes.set_title(title)
