@@ -4,11 +4,12 @@
     python benchmarks/evidence.py selective_copying:long induction_heads:medium parity:medium@cpu \\
         --gpus 0,1,2,3 --jobs 40 --cpu-jobs 24 --deadline 540
 
-Sizes: small (CPU, a few minutes a row), medium and long (GPUs, minutes a row) and published. Every
-row, learning rate and seed is an arena of its own under runs/evidence, so what was stopped goes on,
-and `--only ROWS` does a part. docs/results/evidence gets NAME-SIZE.json (configs, seeds, curves,
-every value), .svg and .md: the paper's figure beside ours, and a verdict that follows from the
-numbers. With `--jobs` many run side by side, up to a deadline at which they save what they have.
+Sizes: small and short (CPU, a few minutes a row), medium, long and large-batches (GPUs, minutes a
+row) and published; see experiments.py. Every row, learning rate and seed is an arena of its own
+under runs/evidence, so what was stopped goes on, and `--only "gla,mamba d=32"` does a part.
+docs/results/evidence gets NAME-SIZE.json (configs, seeds, curves, every value), .svg and .md: the
+paper's figure beside ours, and a verdict that follows from the numbers. With `--jobs` many run side
+by side, up to a deadline at which they save what they have.
 """
 
 import argparse
@@ -43,15 +44,17 @@ def run_in_turn(jobs: list[Job], asked: list[Job], work: Path) -> list[Run]:
 def main() -> None:
     args = _arguments()
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.experiments == ["hippo"]:
+    hippo = [text for text in args.experiments if text.partition(":")[0] == "hippo"]
+    for text in hippo:
         from evidence_hippo import run_hippo
 
-        run_hippo(args.size, args.out)
-        return
-    lrs = tuple(float(lr) for lr in args.lrs.split(",") if lr)
-    seeds = tuple(int(seed) for seed in args.seeds.split(",") if seed)
-    rest = {"steps": args.steps, "lrs": lrs or None, "seeds": seeds or None}
-    parts = [Part.parse(text, args.size, args.device, **rest) for text in args.experiments]
+        run_hippo(text.partition(":")[2] or args.size, args.out)
+    rest = {"steps": args.steps, "lrs": args.lrs or None, "seeds": args.seeds or None}
+    trained = [text for text in args.experiments if text not in hippo]
+    try:
+        parts = [Part.parse(text, args.size, args.device, **rest) for text in trained]
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
     jobs = [job for part in parts for job in part.jobs()]
     asked = chosen(jobs, args.only)
     if args.place:
@@ -76,6 +79,16 @@ def main() -> None:
         write(part, found, args.out)
 
 
+def rates(text: str) -> tuple[float, ...]:
+    """`0.001,0.003`. ValueError, which argparse tells by this name: no numbers."""
+    return tuple(float(lr) for lr in text.split(","))
+
+
+def seeds(text: str) -> tuple[int, ...]:
+    """`0,1`. ValueError likewise."""
+    return tuple(int(seed) for seed in text.split(","))
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("experiments", nargs="+", help="NAME, NAME:SIZE or NAME:SIZE@DEVICE")
@@ -86,8 +99,8 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--report", action="store_true", help="run nothing, report what is there")
     parser.add_argument("--steps", type=int, help="instead of the recipe's; goes into the names")
-    parser.add_argument("--lrs", default="", help="likewise, with commas between")
-    parser.add_argument("--seeds", default="", help="with commas between")
+    parser.add_argument("--lrs", default=(), type=rates, help="likewise, with commas between")
+    parser.add_argument("--seeds", default=(), type=seeds, help="with commas between")
     parser.add_argument("--jobs", type=int, default=0, help="processes that share the GPUs")
     parser.add_argument("--gpus", default="0", help="their numbers, with commas between")
     parser.add_argument("--cpu-jobs", type=int, default=0, help="processes for NAME:SIZE@cpu")

@@ -152,7 +152,7 @@ def test_a_row_is_asked_for_at_every_width_or_at_one(evidence):
     assert evidence.chosen(jobs, "") == jobs
 
 
-def test_what_cannot_be_run_is_refused_by_name(evidence):
+def test_what_cannot_be_run_is_refused_by_name(evidence, monkeypatch, tmp_path, capsys):
     import evidence_jobs
 
     part = evidence_jobs.Part.parse("mqar:medium@cpu", "small", "auto")
@@ -160,6 +160,17 @@ def test_what_cannot_be_run_is_refused_by_name(evidence):
     assert len({job.place for job in part.jobs()}) == len(list(part.jobs())) == 60
     with pytest.raises(ValueError, match=r"got 'mqr'; expected one of selective_copying"):
         evidence_jobs.Part.parse("mqr", "small", "auto")
+    for words, told in (
+        ("mqr", "got 'mqr'; expected one of selective_copying"),
+        ("hippo:huge", "hippo has sizes"),
+        ("mqar --lrs fast", "argument --lrs: invalid rates value: 'fast'"),
+        ("mqar --seeds 0,x", "argument --seeds: invalid seeds value: '0,x'"),
+    ):
+        out = ["--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["evidence.py", *words.split(), *out])
+        with pytest.raises(SystemExit) as refusal:
+            evidence.main()
+        assert told in f"{refusal.value}{capsys.readouterr().err}"
     with pytest.raises(ValueError, match=r"mqar has sizes \['small', .*\], not 'long'"):
         evidence_jobs.Part.parse("mqar:long", "small", "auto")
 
