@@ -429,6 +429,26 @@ def test_training_through_a_window_costs_as_much_for_every_token():
     assert numbers(8192) < 2.2 * numbers(4096)
 
 
+@every_variant
+@pytest.mark.parametrize("how", ["eager", "compiled", "vmap"])
+@torch.no_grad()
+def test_a_row_out_of_a_batch_goes_on_as_if_it_had_been_alone(name, options, how):
+    """Of unequal rows; keys of the shorter begin with empty slots, which nobody may see."""
+    mixer, x = build(name, options), tokens(1, 18)
+    _, states = mixer(x[:, :14], cu_seqlens=torch.tensor([0, 3, 14]))
+    state = {entry: tensor[:1] for entry, tensor in states.items()}
+    alone = torch.cat([x[:, :3], x[:, 14:]], dim=1)
+    if how == "eager":
+        y, _ = in_pieces(mixer, x[:, 14:], [0, 1, 4], state)
+    elif how == "compiled":
+        torch._dynamo.reset()
+        y, _ = torch.compile(mixer, fullgraph=True, backend="eager")(x[:, 14:], state)
+    else:
+        several = {entry: tensor[None] for entry, tensor in state.items()}
+        y = torch.vmap(mixer)(x[None, :, 14:], several)[0][0]
+    assert_close(y, mixer(alone)[0][:, 3:])
+
+
 @torch.no_grad()
 def test_a_window_forgets_what_left_it():
     mixer, x = build("sliding_window_attention"), tokens(1, 40)  # window 5

@@ -14,6 +14,7 @@ from subquad.mixers.base import Mixer, State, check_positive_integers, divide
 from subquad.mixers.growing import append
 from subquad.mixers.projection import project
 from subquad.mixers.rotary import angles, positions, rotate_halves
+from subquad.recurrence.eager import is_plain
 from subquad.recurrence.validate import check_shape, fail
 
 _QUERY_BLOCK = 512  # queries that share a mask: bounds its memory to 512 x S for any T
@@ -88,7 +89,10 @@ class SoftmaxAttention(Mixer):
         q, k = rotate_halves(qk, *angles(position, inverse)).split((H, Hk), dim=2)
 
         if cu_seqlens is None:
-            o, keys, values = self._attend(q, k, v, past)
+            past, first = _slots_in_use(past)
+            o, keys, values = self._attend(q, k, v, past, first)
+            if x.shape[0] == 1 and first is None and not torch.compiler.is_compiling():
+                keys._filled = True  # type: ignore[attr-defined]
         else:
             o, keys, values = self._attend_packed(q, k, v, past, cu_seqlens)
         return project(self.o_proj, o.flatten(-2)), {
@@ -98,19 +102,21 @@ class SoftmaxAttention(Mixer):
         }
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, past: State
+        self, q: Tensor, k: Tensor, v: Tensor, past: State, first: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows that each have T new tokens: outputs, and the keys and values to remember."""
-        B, T = q.shape[:2]
+        """Rows that each have T new tokens: outputs, and the keys and values to remember.
+
+        first: [B], each row's first slot in use; None when all are.
+        """
+        T = q.shape[1]
         fresh = not past
         keys = k.contiguous() if fresh else append(past["keys"], k)
         values = v.contiguous() if fresh else append(past["values"], v)
         if fresh and (self.window is None or self.window >= T):
             o = _sdpa(q, keys, values, is_causal=True)
-        elif T == 1 and B == 1:  # one row has no empty slots, and one query sees all of them
+        elif T == 1 and first is None:  # the only query sees all slots
             o = _sdpa(q, keys, values)
         else:
-            first = None if fresh or B == 1 else keys.shape[1] - past["length"] - T
             o = _sdpa_by_blocks(q, keys, values, self.window, first)
         return o, self._remember(keys), self._remember(values)
 
@@ -125,7 +131,7 @@ class SoftmaxAttention(Mixer):
                 empty = max(0, past["keys"].shape[1] - int(past["length"][n]))
                 own = {name: past[name][n : n + 1, empty:] for name in ("keys", "values")}
             new = slice(start, end)
-            results.append(self._attend(q[:, new], k[:, new], v[:, new], own))
+            results.append(self._attend(q[:, new], k[:, new], v[:, new], own, None))
         o, keys, values = zip(*results)
         return torch.cat(o, dim=1), _end_together(keys), _end_together(values)
 
@@ -154,6 +160,30 @@ class SlidingWindowAttention(SoftmaxAttention):
         check_positive_integers(window=window)
         super().__init__(hidden_size, **options)  # type: ignore[arg-type]
         self.window = window
+
+
+def _slots_in_use(past: State) -> tuple[State, Tensor | None]:
+    """The state, and each row's first slot in use [B]; None if all are.
+
+    A mask of the empty ones would take a single row the fastest kernels, so its empty slots are cut
+    off. It has some if it comes out of a batch of unequal rows. To know, the row's length is looked
+    at, which a GPU must wait for: once, since what we return from there on bears a mark.
+    """
+    if not past:
+        return past, None
+    keys, length = past["keys"], past["length"]
+    if keys.shape[0] > 1 or not _can_look(length):
+        return past, keys.shape[1] - length
+    empty = 0 if getattr(keys, "_filled", False) else max(0, keys.shape[1] - int(length))
+    if empty:
+        past = {**past, "keys": keys[:, empty:], "values": past["values"][:, empty:]}
+    return past, None
+
+
+def _can_look(length: Tensor) -> bool:
+    """At its value: not where operations are traced, or captured."""
+    capturing = length.is_cuda and torch.cuda.is_current_stream_capturing()
+    return is_plain((length,)) and not length.is_meta and not capturing
 
 
 def _sdpa(
