@@ -3,6 +3,7 @@
 import gc
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -217,6 +218,29 @@ def test_the_oldest_kinds_are_forgotten(work, monkeypatch):
     for _ in range(3):
         work(torch.randn(7, 3), None, 1.5, 2)
     assert len(work.calls) == 19
+
+
+def test_threads_forget_kinds_side_by_side():
+    nothing, failures = replayed(lambda number: None), []
+
+    def work(first):
+        for number in range(first, 50_000, 4):
+            try:
+                nothing(number)
+            except RuntimeError as failure:
+                failures.append(failure)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(first,)) for first in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not failures
 
 
 def test_nothing_is_kept_of_a_call(work):

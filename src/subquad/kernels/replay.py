@@ -13,6 +13,7 @@ of tensors and no state of its own.
 from __future__ import annotations
 
 import functools
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,8 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
     the current one.
     """
     # True: the next such call is to be recorded. False: what such calls do cannot be replayed.
-    scripts: dict[tuple, Script | bool] = {}
+    # Threads share it: an ordered dict forgets its oldest kind in one step, a plain one does not.
+    scripts: OrderedDict[tuple, Script | bool] = OrderedDict()
 
     def run(args: tuple) -> Any:
         if torch._C._len_torch_dispatch_stack() > 0:  # somebody wants to see the operations
@@ -50,7 +52,7 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
             return script.play(args)
         if script is None:
             if len(scripts) >= KINDS:
-                scripts.pop(next(iter(scripts)), None)
+                scripts.popitem(last=False)
             scripts[kind] = True
         elif script and _differ(args):
             result, scripts[kind] = record(function, args)
