@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -115,6 +115,8 @@ class Script:
 
     def note_operation(self, call: Callable, args: tuple, kwargs: dict, out: Any) -> None:
         made = out if isinstance(out, (tuple, list)) else [out]
+        if next(_tensors((args, kwargs, out)), None) is None:
+            return  # of types and numbers alone, as promote_types: it follows from the call's kind
         if not all(isinstance(x, Tensor) for x in made) or not self._knows((args, kwargs)):
             self._complete = False  # a value that a replay would not look at, for example
         if not self._complete:
@@ -134,10 +136,14 @@ class Script:
             self._count += 1
 
     def note_launch(self, one: Launch, compiled: Any) -> None:
-        # What compiled kernels are, and take, since Triton 3.5; the interpreter has none.
-        order = getattr(one.kernel, "arg_names", ())
+        # A launcher takes what its kernel's signature names: all arguments, constants too, since
+        # Triton 3.3. The interpreter has none. On AMD, kernels depend on the sizes of storages too.
+        order = tuple(getattr(one.kernel, "arg_names", ()))
         named = order[len(one.arguments) :]
-        if not hasattr(compiled, "launch_metadata") or not set(named) <= one.options.keys():
+        signature = tuple(getattr(getattr(compiled, "src", None), "signature", ()))
+        if not signature or signature != order or torch.version.hip is not None:
+            self._complete = False
+        if not set(named) <= one.options.keys():
             self._complete = False
         if not self._complete or not self._knows(one.arguments):
             self._complete = False
@@ -157,11 +163,7 @@ class Script:
 
     def _knows(self, args: Any) -> bool:
         """Whether all tensors in it are numbered: not, if one outlived an earlier call."""
-        if isinstance(args, dict):
-            args = args.values()
-        elif not isinstance(args, (tuple, list)):
-            return not isinstance(args, Tensor) or id(args) in self._numbers
-        return all(map(self._knows, args))
+        return all(id(x) in self._numbers for x in _tensors(args))
 
     def _form(self, args: tuple) -> Callable[[list], list]:
         """A function that writes a replay's tensors into these arguments."""
@@ -186,6 +188,14 @@ class Script:
         return fill
 
 
+def _tensors(args: Any) -> Iterator[Tensor]:
+    if isinstance(args, Tensor):
+        yield args
+    elif isinstance(args, (tuple, list, dict)):
+        for x in args.values() if isinstance(args, dict) else args:
+            yield from _tensors(x)
+
+
 # Steps are made by functions of their own: a closure would keep what else its maker has, tensors.
 
 
@@ -203,8 +213,6 @@ def _operation(
 def _allocation(like: Tensor) -> Callable[[list], None]:
     size, stride = tuple(like.shape), like.stride()
     options: dict[str, Any] = {"dtype": like.dtype, "device": like.device}
-    if like.is_contiguous():
-        return lambda values: values.append(torch.empty(size, **options))
     return lambda values: values.append(torch.empty_strided(size, stride, **options))
 
 
