@@ -108,6 +108,14 @@ def test_eager_calls_pass_the_dispatcher_by(given, dispatched):
     assert called.count("forward") == 4 and called.count("backward") == 2
 
 
+def test_memory_that_holds_the_negative_goes_by_the_dispatcher(given, dispatched, monkeypatch):
+    x = torch.complex(given[0], given[0]).detach().conj().imag
+    seen, launch = [], scaled._launch
+    monkeypatch.setattr(scaled, "_launch", lambda *args: seen.append(args[0]) or launch(*args))
+    torch.testing.assert_close(scaled(x, None, 2.0), -2 * given[0].detach())
+    assert x.is_neg() and not seen and dispatched == ["scaled"]
+
+
 def test_only_what_needs_a_gradient_gets_one(given):
     x, weight = given
     dx = torch.autograd.grad(scaled(x, weight.detach(), 2.0).square().sum(), x)[0]

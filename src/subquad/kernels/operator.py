@@ -46,8 +46,9 @@ class Operator:
         recorded = False
         for x in args:
             if isinstance(x, Tensor):
-                # A fake or a wrapped one; or one of the gradients of `is_grads_batched`.
-                if type(x) not in _PLAIN or is_legacy_batchedtensor(x):
+                # A fake or a wrapped one; one of the gradients of `is_grads_batched`; or one whose
+                # memory holds its negative, as of `z.conj().imag`: the dispatcher turns it round.
+                if type(x) not in _PLAIN or is_legacy_batchedtensor(x) or x.is_neg():
                     return self.op(*args)
                 recorded = recorded or x.requires_grad
         if recorded and torch.is_grad_enabled():
