@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from subquad.kernels import replay
 from subquad.kernels.launch import launch_one, witness
+from subquad.kernels.operator import operator
 from subquad.kernels.replay import replayed
 
 
@@ -198,6 +200,33 @@ def test_a_mode_sees_the_operations(work):
     with Seen():
         work.function(torch.randn(6, 3), None, 1.5, 2)
     assert torch.ops.aten.cat.default in seen and len(work.calls) == 3
+
+
+def test_an_operator_that_launches_is_one_step_of_another_function():
+    kernel = Kernel()
+
+    def launch_double(x: Tensor) -> Tensor:
+        y = torch.empty_like(x)
+        launch_one(kernel, (1,), x, x, y, 2.0, ADD=False, SCALE=1)
+        return y
+
+    inner = operator("subquad_tests::double")(replayed(launch_double))
+    outer = replayed(lambda x: launch_double(inner(x)))
+    for call in range(1, 7):
+        x = torch.randn(3)
+        assert torch.equal(outer(x), 4 * x) and len(kernel.grids) == 2 * call
+
+
+def test_an_operation_that_is_given_its_result_runs_anew():
+    @replayed
+    def function(x):
+        y = torch.empty_like(x)
+        torch.add(x, x, out=y)
+        return y
+
+    for _ in range(4):
+        x = torch.randn(3)
+        assert torch.equal(function(x), 2 * x)
 
 
 def test_changes_in_place_are_replayed():

@@ -117,8 +117,10 @@ class Script:
         made = out if isinstance(out, (tuple, list)) else [out]
         if next(_tensors((args, kwargs, out)), None) is None:
             return  # of types and numbers alone, as promote_types: it follows from the call's kind
-        if not all(isinstance(x, Tensor) for x in made) or not self._knows((args, kwargs)):
+        if not all(isinstance(x, Tensor) for x in made) or not self._knows(args):
             self._complete = False  # a value that a replay would not look at, for example
+        if next(_tensors(kwargs), None) is not None:  # as `out`, which nothing here has
+            self._complete = False
         if not self._complete:
             return
         self._alive += made
@@ -128,8 +130,7 @@ class Script:
         if call in _ALLOCATIONS:
             self._steps.append(_allocation(out))
         else:
-            fill = self._form((*args, *kwargs.values()))
-            self._steps.append(_operation(call, fill, len(args), tuple(kwargs), made is out))
+            self._steps.append(_operation(call, self._form(args), dict(kwargs), made is out))
         for x in made:
             # One that has a number, as it was changed in place, gets another.
             self._numbers[id(x)] = self._count
@@ -145,7 +146,7 @@ class Script:
             self._complete = False
         if not set(named) <= one.options.keys():
             self._complete = False
-        if not self._complete or not self._knows(one.arguments):
+        if not self._complete or not self._knows((one.arguments, one.options)):
             self._complete = False
             return
         fill = self._form((*one.arguments, *(one.options[name] for name in named)))
@@ -200,14 +201,11 @@ def _tensors(args: Any) -> Iterator[Tensor]:
 
 
 def _operation(
-    call: Callable, fill: Callable[[list], list], given: int, names: tuple[str, ...], several: bool
+    call: Callable, fill: Callable[[list], list], options: dict[str, Any], several: bool
 ) -> Callable[[list], None]:
-    def operate(values: list) -> None:
-        filled = fill(values)
-        new = call(*filled[:given], **dict(zip(names, filled[given:])))
-        values.extend(new) if several else values.append(new)
-
-    return operate
+    if several:
+        return lambda values: values.extend(call(*fill(values), **options))
+    return lambda values: values.append(call(*fill(values), **options))
 
 
 def _allocation(like: Tensor) -> Callable[[list], None]:
@@ -228,6 +226,10 @@ class _Operations(TorchDispatchMode):
         return False  # or PyTorch would import its compiler to keep it away: a second and more
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
+        witness.script = None  # what an operation launches is its own affair
+        try:
+            out = func(*args, **(kwargs or {}))
+        finally:
+            witness.script = self._script
         self._script.note_operation(func, args, kwargs or {}, out)
         return out
