@@ -240,6 +240,17 @@ def test_changes_in_place_are_replayed():
         assert torch.equal(function(torch.ones(3), state), torch.full((3,), 2.0**n))
 
 
+def test_a_recording_says_nothing_about_gradients(work):
+    with torch.inference_mode():
+        for _ in range(3):
+            work(torch.randn(6, 3), None, 1.5, 2)
+    for result in work.function(torch.randn(6, 3), None, 1.5, 2):
+        assert not result.is_inference() and not result.requires_grad
+    with torch.inference_mode():
+        assert work.function(torch.randn(6, 3), None, 1.5, 2)[0].is_inference()
+    assert len(work.calls) == 2
+
+
 def test_a_single_result_and_memory_of_another_order():
     @replayed
     def function(x):
@@ -349,3 +360,19 @@ def test_autocast_is_a_kind_of_its_own(monkeypatch):
         for _ in range(3):
             function(torch.ones(2))
     assert len(calls) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_calls_on_a_device_are_replayed(monkeypatch):
+    from subquad.kernels import matrix
+
+    played, play = [], replay.Script.play
+    monkeypatch.setattr(
+        replay.Script, "play", lambda script, args: played.append(script) or play(script, args)
+    )
+    leaves = [torch.randn(1, 70, 3, 64, device="cuda", requires_grad=True) for _ in range(3)]
+    for _ in range(3):
+        o, _ = matrix.linear_recurrence(*leaves, -torch.rand(1, 70, 3, device="cuda"))
+        torch.autograd.grad(o, leaves, torch.ones_like(o))
+    assert len(played) == 2  # forward and backward
