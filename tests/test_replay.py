@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from subquad.kernels import replay
 from subquad.kernels.launch import launch_one, witness
@@ -30,9 +30,10 @@ class Kernel:
             self.grids.append(grid)
             x, z, y, factor, add, scale = (
                 *args,
-                *(options[n] for n in self.arg_names[len(args) :]),
+                *(options[n] for n in Kernel.arg_names[len(args) :]),
             )
-            y.copy_(factor * x * scale + (z if add else 0))
+            with _disable_current_modes():  # PyTorch sees nothing of what a kernel does
+                y.copy_(factor * x * scale + (z if add else 0))
             return Compiled(self) if self.compiles else None
 
         return run
@@ -157,6 +158,49 @@ def test_what_takes_a_tensor_from_elsewhere_runs_anew():
 
     for n in range(6):
         assert torch.equal(function(torch.tensor([2.0**n])), torch.tensor([2.0**n + 2.0**n // 2]))
+
+
+def test_numbers_of_other_types_are_of_another_kind():
+    given = []
+
+    @replayed
+    def function(x, number):
+        given.append(type(number))
+        return x * number
+
+    for _ in range(3):
+        for number in (1, 1.0, True):
+            function(torch.ones(2), number)
+    assert given == 2 * [int, float, bool]
+
+
+def test_a_launch_that_takes_a_tensor_from_elsewhere_runs_anew():
+    kernel, kept = Kernel(), torch.ones(3)
+
+    @replayed
+    def function(x):
+        y = torch.empty_like(x)
+        launch_one(kernel, (1,), x, kept, y, 1.0, ADD=True, SCALE=1)
+        return y
+
+    for n in range(5):
+        kept = torch.full((3,), n)
+        assert torch.equal(function(torch.ones(3)), torch.full((3,), n + 1.0))
+
+
+def test_a_result_from_elsewhere_is_returned_anew():
+    kept = None
+    function = replayed(lambda x: kept)
+    for n in range(4):
+        kept = torch.tensor(n)
+        assert function(torch.ones(1)) is kept
+
+
+def test_a_launch_that_leaves_an_argument_to_its_kernel_runs_anew(work):
+    work.kernel.arg_names = work.kernel.signature = (*Kernel.arg_names, "DEFAULT")
+    for _ in range(4):
+        work(torch.randn(6, 3), None, 1.5, 2)
+    assert len(work.calls) == 4
 
 
 def test_a_kernel_that_is_not_compiled_is_launched_anew():
