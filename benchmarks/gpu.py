@@ -218,7 +218,8 @@ def replayed(call: Callable[[], object]) -> float | None:
     try:
         with torch.cuda.graph(graph):
             call()
-    except RuntimeError:
+    except RuntimeError as error:
+        print(f"cannot be captured: {error}", flush=True)
         return None
     return do_bench(graph.replay, warmup=20, rep=60, return_mode="median")
 

@@ -46,7 +46,7 @@ def launch_of(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: An
 
 
 def launch_one(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    launch([Launch(kernel, grid, arguments, options)])
+    launch([launch_of(kernel, grid, *arguments, **options)])
 
 
 def _compile(launches: Sequence[Launch]) -> None:

@@ -117,10 +117,9 @@ class Script:
         made = out if isinstance(out, (tuple, list)) else [out]
         if next(_tensors((args, kwargs, out)), None) is None:
             return  # of types and numbers alone, as promote_types: it follows from the call's kind
-        if not all(isinstance(x, Tensor) for x in made) or not self._knows(args):
-            self._complete = False  # a value that a replay would not look at, for example
-        if next(_tensors(kwargs), None) is not None:  # as `out`, which nothing here has
-            self._complete = False
+        # Told are tensors from tensors: no value that was looked at, no `out=`.
+        told = all(isinstance(x, Tensor) for x in made) and next(_tensors(kwargs), None) is None
+        self._complete = self._complete and told and self._knows(args)
         if not self._complete:
             return
         self._alive += made
@@ -142,12 +141,10 @@ class Script:
         order = tuple(getattr(one.kernel, "arg_names", ()))
         named = order[len(one.arguments) :]
         signature = tuple(getattr(getattr(compiled, "src", None), "signature", ()))
-        if not signature or signature != order or torch.version.hip is not None:
-            self._complete = False
-        if not set(named) <= one.options.keys():
-            self._complete = False
-        if not self._complete or not self._knows((one.arguments, one.options)):
-            self._complete = False
+        takes_all = bool(signature) and signature == order and set(named) <= one.options.keys()
+        known = takes_all and self._knows((one.arguments, one.options))
+        self._complete = self._complete and known and torch.version.hip is None
+        if not self._complete:
             return
         fill = self._form((*one.arguments, *(one.options[name] for name in named)))
         run = compiled[(*one.grid, 1, 1)[:3]]
