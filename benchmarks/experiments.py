@@ -138,7 +138,8 @@ EXPERIMENTS = {
                 "8, and tested to 65,536.",
             ),
             "published": Size(
-                ({"preset": "published", "hidden_size": 64, **TO_THE_END},), lrs=(1e-3, 2e-4)
+                ({"preset": "published", "hidden_size": 64, "precision": "float32", **TO_THE_END},),
+                lrs=(1e-3, 2e-4),
             ),
         },
         claims=(
