@@ -65,7 +65,13 @@ def _torch_form(form, q, k, v, log_decay, bonus, state, cu_seqlens, *options):
     if state is None:
         rows = q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
         state = q.new_zeros(rows, v.shape[2], q.shape[3], v.shape[3])
-    return form(q * q.shape[3] ** -0.5, k, v, log_decay, None, bonus, state, cu_seqlens, *options)
+    q = q * q.shape[3] ** -0.5
+    if cu_seqlens is None:
+        return form(q, k, v, log_decay, None, bonus, state, None, *options)
+    full = cu_seqlens.diff() > 0  # the state of an empty sequence stays as it is
+    ends = cu_seqlens.unique()
+    o, final = form(q, k, v, log_decay, None, bonus, state[full], ends, *options)
+    return o, state.masked_scatter(full[:, None, None, None], final)
 
 
 def oracle(*arguments):

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 
@@ -36,6 +38,10 @@ def cases() -> dict[str, dict]:
         found[f"{gate} split and packed"] = {"gate": gate, **split}
         found[f"{gate} one token"] = {"gate": gate, "T": 1}
         found[f"{gate} bfloat16"] = {"gate": gate, "T": 70, "dtype": "bfloat16", "H": 1}
+    empty = {"T": 300, "H": 1, "cu_seqlens": (0, 0, 30, 30, 30, 290, 300, 300)}
+    for gate in ("none", "[H]", "[B,T,H]", "[B,T,H,K]"):
+        found[f"{gate} empty sequences"] = {"gate": gate, **empty}
+        found[f"{gate} empty sequences, split"] = {"gate": gate, **empty, "split": True}
     shared = {"dtype": "bfloat16", "K": 20, "V": 24}  # keys: a backward pass of their own
     found["[H] shared, bfloat16"] = {"gate": "[H]", "T": 150, "H": 4, "Hk": 2, **shared}
     found["[B,T,H] shared, bfloat16, hard"] = {
@@ -67,6 +73,10 @@ def test_equal_to_the_loop(interpreted, name):
     assert not wrong, f"relative errors above {allowed}: {wrong}"
 
 
+def test_segments_of_packed_sequences(interpreted):
+    assert interpreted["segments"] == {"wrong": []}
+
+
 def test_reasons_to_decline():
     import torch
 
@@ -96,7 +106,41 @@ def main() -> None:
         inputs = Case(gate, T=20).inputs("cpu").values()
         leaves = [None if x is None else x.requires_grad_() for x in inputs]
         torch.library.opcheck(matrix.scan_forward.op, (*leaves, None, 0.3))
+    found["segments"] = {"wrong": [str(ends) for ends in boundaries() if not are_cut_well(*ends)]}
     print(json.dumps(found))
+
+
+def boundaries() -> list[tuple[list[int], int]]:
+    """Ends of packed sequences, some of them empty, and the tokens of a segment."""
+    draw = random.Random(0)
+    few = [sorted(draw.choices(range(700), k=n)) for n in (0, 1, 2, 9, 40)]
+    many = [sorted(draw.choices(range(700), k=1500))]  # more than a program looks at in one go
+    return [([0, *ends, 700], length) for ends in few + many for length in (64, 256, 768)]
+
+
+def are_cut_well(ends: list[int], length: int) -> bool:
+    """Whether the kernels' table of segments is the one that a loop finds."""
+    import torch
+
+    from subquad.kernels import layout
+    from subquad.kernels.launch import launch
+
+    chunk, queue = 32, []
+    spread = torch.tensor(ends, dtype=torch.int32).repeat_interleave(2)[::2]
+    found = layout.lay_out(1, ends[-1], length, spread, chunk, queue)
+    launch(queue)
+    rows, offsets, chunks = [], [0], 0
+    for begin, end in pairwise(ends):
+        split = range(begin, end, length) if length < ends[-1] else [begin]
+        rows += [[at, min(length, end - at), chunks + (at - begin) // chunk] for at in split]
+        offsets.append(len(rows))
+        chunks += -(-(end - begin) // chunk)
+    left_over = found.table[len(rows) :, 1]
+    return (
+        found.offsets.tolist() == offsets
+        and found.table[: len(rows)].tolist() == rows
+        and not left_over.any()
+    )
 
 
 if __name__ == "__main__":

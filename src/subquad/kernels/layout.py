@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .launch import Launch, launch_of
 
 NONE, HEAD_FIXED, HEAD, KEY = range(4)  # kinds of gate, as scan.py numbers them
 PIECE = 256  # tokens a program of the gate sums; segments are multiples of it
@@ -102,8 +104,10 @@ def segment_length(batch: int, tokens: int, warps: int, device: torch.device) ->
     return -(-length // PIECE) * PIECE
 
 
-def lay_out(batch: int, tokens: int, length: int, cu_seqlens: Tensor | None, chunk: int) -> Layout:
-    """Cut all sequences into segments of `length` tokens (a multiple of PIECE).
+def lay_out(
+    batch: int, tokens: int, length: int, cu_seqlens: Tensor | None, chunk: int, queue: list[Launch]
+) -> Layout:
+    """Cut all sequences into segments of `length` tokens (a multiple of PIECE, or the chunk).
 
     No value on the device is read: packed sequences get as many segments as they could need,
     and those left over are empty.
@@ -111,20 +115,22 @@ def lay_out(batch: int, tokens: int, length: int, cu_seqlens: Tensor | None, chu
     per_row = -(-tokens // length)
     if cu_seqlens is None:
         return Layout(None, None, tokens, length, per_row, batch * per_row, batch)
-    sequences = cu_seqlens.numel() - 1
-    segments = sequences if per_row == 1 else per_row + sequences - 1
-    begins, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    offsets = torch.nn.functional.pad((-(-lengths // length)).cumsum(0), (1, 0))
-    chunks = -(-lengths // chunk)
-    index = torch.arange(segments, device=cu_seqlens.device)
-    sequence = torch.searchsorted(offsets[1:], index, right=True).clamp_(max=sequences - 1)
-    into = (index - offsets[sequence]) * length
-    table = torch.stack(
-        [
-            begins[sequence] + into,
-            (lengths[sequence] - into).clamp(0, length),
-            (chunks.cumsum(0) - chunks)[sequence] + into // chunk,
-        ],
-        dim=1,
-    ).contiguous()
+    from .segments import count_segments, cut_segments
+
+    cu_seqlens = cu_seqlens.contiguous()
+    sequences = cu_seqlens.shape[0] - 1
+    split = per_row > 1
+    segments = per_row + sequences - 1 if split else sequences
+    new = partial(torch.empty, device=cu_seqlens.device, dtype=torch.int64)
+    offsets, firsts, table = new(sequences + 1), new(sequences + 1), new(segments, 3)
+    queue.append(launch_of(
+        count_segments, (1,),
+        cu_seqlens, offsets, firsts, sequences, segments, tokens, length,
+        C=chunk, SPLIT=split, BLOCK=1024,
+    ))  # fmt: skip
+    queue.append(launch_of(
+        cut_segments, (-(-segments // 128),),
+        cu_seqlens, offsets, firsts, table, sequences, segments, tokens, length,
+        (sequences - 1).bit_length(), C=chunk, BLOCK=128,
+    ))  # fmt: skip
     return Layout(table, offsets, tokens, length, per_row, segments, sequences)

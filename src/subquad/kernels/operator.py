@@ -41,7 +41,10 @@ class Operator:
         self._differentiable: Any = None
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or operations_are_watched():
+        if torch.compiler.is_compiling():
+            return self.op(*args)
+        if operations_are_watched():
+            self._refuse_tangents(args)
             return self.op(*args)
         recorded = False
         for x in args:
@@ -59,6 +62,18 @@ class Operator:
             if not args[place].is_inference():
                 increment_version(args[place])
         return self._launch(*args)
+
+    def _refuse_tangents(self, args: tuple) -> None:
+        """The operator that torch makes would drop them: a forward derivative of 0, and no word."""
+        if forward_ad._current_level < 0 or torch._C._are_functorch_transforms_active():
+            return
+        for x in args:
+            if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+                name = self.op._opoverload._schema.name
+                raise NotImplementedError(
+                    f"{name}: got a tensor with a tangent; expected none, as it has no forward "
+                    "derivative. Fix: form what is differentiated inside the dual level, too."
+                )
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """What the operator returns, by shapes and dtypes alone."""

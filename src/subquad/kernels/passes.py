@@ -65,7 +65,7 @@ def sum_gate(
     from .gates import sum_head_gates, sum_key_gates
 
     batch, tokens, heads, width = *v.shape[:3], k.shape[-1]
-    pieces = lay_out(batch, tokens, PIECE, cu_seqlens, chunk)
+    pieces = lay_out(batch, tokens, PIECE, cu_seqlens, chunk, queue)
     grid, packed = (pieces.segments * heads,), cu_seqlens is not None
     chunks = -(-tokens // chunk)
     chunks = batch * chunks if cu_seqlens is None else chunks + cu_seqlens.numel() - 1
@@ -225,7 +225,7 @@ def plan(
     value_tiles = choose_tiles(width, columns, v.dtype, gate.kind, False)
     key_tiles = choose_tiles(columns, width, v.dtype, gate.kind, gate.kind != NONE)
     length = segment_tokens(k, v, gate.kind)
-    layout = lay_out(batch, tokens, length, cu_seqlens, value_tiles.chunk)
+    layout = lay_out(batch, tokens, length, cu_seqlens, value_tiles.chunk, queue)
     gate = sum_gate(gate, k, v, cu_seqlens, value_tiles.chunk, queue)
     return Plan(gate, layout, value_tiles, key_tiles)
 

@@ -49,7 +49,7 @@ def gradients(
     queue: list[Launch] = []
     gate = sum_gate(prepare_gate(log_decay, v), k, v, cu_seqlens, CHUNK, queue)
     length = segment_tokens(k, v, gate.kind)
-    walk = lay_out(batch, tokens, length, cu_seqlens, CHUNK)
+    walk = lay_out(batch, tokens, length, cu_seqlens, CHUNK, queue)
     joined = None
     if walk.split:
         state = entering
@@ -57,7 +57,7 @@ def gradients(
             q, do, gate, walk, WALK, heads, dfinal, True, scale, None, queue
         )
     finish = empty_states(k, v, walk.segments) if joined is None else None
-    cut = lay_out(batch, tokens, CHUNK, cu_seqlens, CHUNK)
+    cut = lay_out(batch, tokens, CHUNK, cu_seqlens, CHUNK, queue)
     states, dstates = (v.new_empty(cut.segments, heads, width, k.shape[-1]) for _ in range(2))
 
     shared = k.shape[2]
