@@ -2,9 +2,12 @@
 
     PYTHONPATH=src python benchmarks/gpu.py --out gpu.json
     PYTHONPATH=src python benchmarks/gpu.py --crossing --out crossing.json
+    PYTHONPATH=src python benchmarks/gpu.py --packed --gates head --out packed.json
 
-`--crossing` times ours against causal softmax attention (torch's SDPA) instead, 32,768 tokens in
-sequences of 1k to 128k, to find the length from which a linear row is the faster.
+`--packed` times 32,768 tokens in 1, 16, 128 and 1024 sequences of drawn lengths packed into one
+row, beside as many sequences of equal length in a batch. `--crossing` times ours against causal
+softmax attention (torch's SDPA) instead, 32,768 tokens in sequences of 1k to 128k, to find the
+length from which a linear row is the faster.
 
 Milliseconds of forward and of forward + backward, medians: of eager calls, and of a captured
 graph's replays, which hold no launch from Python. Beside them the memory floor (each input read
@@ -47,6 +50,7 @@ SHAPES = {  # B, T, H, Hk, K, V
     "B8 T4096 H16 K64 V64": (8, 4096, 16, 16, 64, 64),
     "B8 T4096 H16 K256 V256": (8, 4096, 16, 16, 256, 256),
 }
+PACKED = [1, 16, 128, 1024]  # sequences in 32,768 tokens
 CROSSING = [2**power for power in range(10, 18)]  # tokens of a sequence
 GATES = ("none", "fixed", "head", "key")
 
@@ -70,26 +74,35 @@ def inputs(shape: tuple[int, ...], gate: str) -> tuple[list[Tensor], Tensor | No
     return [q, k, v], log_decay
 
 
-def ours(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
-    return matrix.linear_recurrence(q, k, v, log_decay)[0]
+def ours(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    return matrix.linear_recurrence(q, k, v, log_decay, cu_seqlens=cu_seqlens)[0]
 
 
-def fla(gate: str, shape: tuple[int, ...]) -> Callable[..., Tensor]:
+def fla(
+    gate: str, shape: tuple[int, ...], cu_seqlens: Tensor | None = None
+) -> Callable[..., Tensor]:
     from fla.ops.gla import chunk_gla
     from fla.ops.linear_attn import chunk_linear_attn
     from fla.ops.retention import chunk_retention
     from fla.ops.simple_gla import chunk_simple_gla
 
     H, Hk = shape[2], shape[3]
+    ends = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens.long()}
 
     def run(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
         if Hk != H:  # fla's gated chunks take one key head a head
             q, k = (x.repeat_interleave(H // Hk, 2) for x in (q, k))
         if gate == "none":
-            return chunk_linear_attn(q, k, v, normalize=False)[0]
+            return chunk_linear_attn(q, k, v, normalize=False, **ends)[0]
         if gate == "fixed":
-            return chunk_retention(q, k, v)[0]
-        return (chunk_simple_gla if gate == "head" else chunk_gla)(q, k, v, log_decay)[0]
+            return chunk_retention(q, k, v, **ends)[0]
+        return (chunk_simple_gla if gate == "head" else chunk_gla)(q, k, v, log_decay, **ends)[0]
 
     return run
 
@@ -237,6 +250,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", type=int, default=range(len(SHAPES)))
     parser.add_argument("--peers", nargs="*", default=["fla"], choices=PEERS)
     parser.add_argument("--crossing", action="store_true")
+    parser.add_argument("--packed", action="store_true")
     parser.add_argument("--tokens", nargs="+", type=int, default=CROSSING)
     parser.add_argument("--lift-refusal", action="store_true")
     parser.add_argument("--side-by-side", action="store_true")
@@ -252,12 +266,16 @@ def main() -> None:
         return
     if args.side_by_side:
         compile_side_by_side(args)
-    if len(args.shapes) > 1 and not args.crossing:
+    if len(args.shapes) > 1 and not args.crossing and not args.packed:
         a_process_each(args)
         return
     rate = copy_rate()
     report = describe_run(args.peers) | {"copy_TB_per_s": rate / 1e12, "rows": []}
-    for row in crossing(args.tokens) if args.crossing else against_peers(args, rate):
+    if args.crossing:
+        measured_rows = crossing(args.tokens)
+    else:
+        measured_rows = packed(args) if args.packed else against_peers(args, rate)
+    for row in measured_rows:
         report["rows"].append(row)
         args.out.write_text(json.dumps(report, indent=1))
         torch.cuda.empty_cache()
@@ -336,6 +354,26 @@ def crossing(lengths: list[int]) -> Iterator[dict]:
             {n: r if isinstance(r, int) else r.get("both_ms") for n, r in row.items()}, flush=True
         )
         yield row
+
+
+def packed(args: argparse.Namespace) -> Iterator[dict]:
+    tokens = 32768
+    for sequences in PACKED:
+        draw = torch.Generator().manual_seed(sequences)
+        cuts = torch.randperm(tokens - 1, generator=draw)[: sequences - 1].sort().values + 1
+        ends = torch.tensor([0, *cuts.tolist(), tokens], dtype=torch.int32, device="cuda")
+        for gate in args.gates:
+            shape = (1, tokens, 16, 16, 128, 128)
+            equal = (sequences, tokens // sequences, *shape[2:])
+            row = {"sequences": sequences, "gate": gate}
+            row |= measured("ours", partial(partial, ours, cu_seqlens=ends), *inputs(shape, gate))
+            row |= measured("equal", lambda: ours, *inputs(equal, gate))
+            for peer in args.peers:
+                of_peer = partial(PEERS[peer], gate, shape, ends)
+                row |= measured(peer, of_peer, *inputs(shape, gate))
+            times = {n: r.get("both_ms") for n, r in row.items() if isinstance(r, dict)}
+            print(sequences, gate, times, flush=True)
+            yield row
 
 
 def measured(name: str, find: Callable[[], Callable], tensors: list, gate: Tensor | None) -> dict:
