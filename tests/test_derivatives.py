@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from subquad import Delta, SubquadConfig, SubquadForCausalLM, linear_recurrence
+from subquad import Delta, SubquadConfig, SubquadForCausalLM, explain, linear_recurrence
 from subquad.recurrence import selective_scan, short_convolution, watch
 
 B, T, H, K, V = 2, 70, 2, 5, 3
@@ -252,3 +252,29 @@ def test_an_exported_program_has_gradients(cu_seqlens):
         found.append([t.grad for t in leaves])
     for a, b in zip(*found, strict=True):
         assert b.norm() > 0 and (a - b).norm() <= 1e-6 * b.norm()
+
+
+def test_gpu_kernels_are_not_asked_for_what_they_would_drop(monkeypatch):
+    """Forward derivatives through them would be zeros, and torch.func's gradients fail."""
+    from subquad.kernels import matrix
+
+    monkeypatch.setattr(matrix, "supported", lambda *args: None)  # as on a GPU
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    x = torch.randn(2, 1, T, H, K)
+
+    def impl(x: Tensor, asked: str = "auto") -> str:
+        return explain(x, x, x, impl=asked).impl
+
+    def look(x: Tensor) -> Tensor:
+        assert impl(x) == "torch"
+        with pytest.raises(
+            ValueError, match=r"impl: got 'triton'.*neither forward deriv.* nor vmap"
+        ):
+            impl(x, "triton")
+        return x.sum()
+
+    assert impl(x[0]) == impl(x[0], "triton") == "triton"
+    torch.func.grad(look)(x[0])
+    torch.func.vmap(look)(x)
+    with forward_ad.dual_level():
+        look(forward_ad.make_dual(x[0], x[1]))

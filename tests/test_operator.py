@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -170,6 +171,18 @@ def test_there_is_no_second_derivative(given):
     first = torch.autograd.grad(scaled(x, weight, 2.0).square().sum(), x, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="no autograd formula"):
         first.sum().backward()
+
+
+def test_a_forward_derivative_is_refused_not_dropped(given):
+    x, weight = given
+    y = scaled(x, weight, 2.0)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.detach(), torch.ones_like(x))
+        with pytest.raises(NotImplementedError, match=r"subquad_tests::scaled: .* no forward deriv"):
+            scaled(dual, None, 2.0)
+        with pytest.raises(NotImplementedError, match="scaled_backward"):
+            torch.autograd.grad(y, x, dual)
+        torch.testing.assert_close(scaled(x.detach(), None, 2.0), 2 * x.detach())
 
 
 def test_what_is_written_over_is_noticed():

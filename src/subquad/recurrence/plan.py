@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from subquad.recurrence import compiled
 from subquad.recurrence.call import Call
-from subquad.recurrence.eager import can_call_compiled_code
+from subquad.recurrence.eager import can_call_compiled_code, can_call_operators
 from subquad.recurrence.gpu import can_call_kernels, records_gradient
 from subquad.recurrence.reference import parts
 from subquad.recurrence.spec import FORMS
@@ -69,6 +69,8 @@ def _triton(call: Call, form: str, must: bool) -> Plan | None:
     from subquad.kernels import matrix
 
     reason = "no GPU kernel erases yet" if call.erase is not None else None
+    if not can_call_operators():
+        reason = "the GPU kernels know neither forward derivatives nor vmap"
     if form not in ("auto", "chunked"):
         reason = f"the GPU kernels compute the chunked form, not form={form!r}"
     reason = reason or matrix.supported(
