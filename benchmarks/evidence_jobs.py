@@ -58,9 +58,7 @@ class Part:
         plan = EXPERIMENTS[self.name].sizes[self.size]
         if self.steps:
             settings = tuple(s | {"steps": self.steps} for s in plan.settings)
-            plan = replace(
-                plan, settings=settings, note=f"{plan.note} {self.steps:,} steps only.".strip()
-            )
+            plan = replace(plan, settings=settings)
         return replace(plan, lrs=self.lrs or plan.lrs, seeds=self.seeds or plan.seeds)
 
     def jobs(self) -> Iterator["Job"]:

@@ -138,6 +138,7 @@ def _chosen(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "lr": runs[0].plan.recipe.lr,
         "steps": [run.row.steps for run in runs],
+        "values": [run.row.tests[0].value for run in runs],
         "cut": any(run.row.cut for run in runs),
         "diverged": _diverged(runs),
         "parameters": first.shape.parameters,
@@ -160,9 +161,6 @@ def page(record: dict[str, Any]) -> str:
     """The table and the verdict in Markdown."""
     values: Values = record["values"]
     tests = list(next(iter(values.values())))
-    shown = (
-        tests if len(tests) <= 11 else [tests[round(i * (len(tests) - 1) / 7)] for i in range(8)]
-    )
     reported = record["paper"]["reported"]
     seeds = len({run["seed"] for run in record["runs"]})
     lines = [
@@ -174,12 +172,12 @@ def page(record: dict[str, Any]) -> str:
         "",
         f"Ours: {_conditions(record)} {record['note']}".strip(),
         "",
-        f"| row | {' | '.join(shown)} | lr | steps | parameters | state, bytes | paper |",
-        f"|---|{'--:|' * (len(shown) + 4)}---|",
+        f"| row | {' | '.join(tests)} | lr | steps | parameters | state, bytes | paper |",
+        f"|---|{'--:|' * (len(tests) + 4)}---|",
     ]
     for label, row in values.items():
         best = record["chosen"][label]
-        cells = ["not run" if row[test] is None else f"{row[test]:.3f}" for test in shown]
+        cells = ["not run" if row[test] is None else f"{row[test]:.3f}" for test in tests]
         steps = f"{min(best['steps']):,}" + (", cut" if best["cut"] else "")
         if len(best["steps"]) < seeds:
             steps += f", {len(best['steps'])} of {seeds} seeds"
@@ -187,12 +185,24 @@ def page(record: dict[str, Any]) -> str:
             steps += f", {best['diverged']} diverged"
         cells += [f"{best['lr']:g}", steps, f"{best['parameters']:,}", f"{best['state_bytes']:,}"]
         lines.append(f"| `{label}` | {' | '.join(cells)} | {reported.get(label.split()[0], '')} |")
+    lines += _by_seed(record)
     lines += ["", "Verdict:", ""]
     said = {True: "holds", False: "does not hold", None: "not judged: rows are missing"}
     lines += [f"- {answer['claim']}: **{said[answer['holds']]}**" for answer in record["verdict"]]
     if record["missing"]:
         lines += ["", f"Not run, or cut off too early to count: {', '.join(record['missing'])}."]
     return "\n".join(lines) + "\n"
+
+
+def _by_seed(record: dict[str, Any]) -> list[str]:
+    """What the medians hide: a row that one seed solves and another does not."""
+    said = []
+    for label, best in record["chosen"].items():
+        first = best["values"]
+        if len(first) > 1:
+            shown = ", ".join("diverged" if value is None else f"{value:.3f}" for value in first)
+            said.append(f"`{label}` {shown}")
+    return ["", f"As trained, seed by seed: {'; '.join(said)}."] if said else []
 
 
 def _conditions(record: dict[str, Any]) -> str:

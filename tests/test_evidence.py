@@ -57,7 +57,8 @@ def test_an_experiment_is_run_in_parts_and_judged_when_its_rows_are_there(
     run("--report")
     assert drawing == (tmp_path / "out" / "parity-small-3-steps.svg").read_bytes()
     page = (tmp_path / "out" / "parity-small-3-steps.md").read_text()
-    assert "Tiny. 3 steps only." in page and "the one learns: **does not hold**" in page
+    assert "up to 3 steps of 2" in page and "Tiny.\n" in page
+    assert "seed by seed" not in page and "the one learns: **does not hold**" in page
     assert drawing.startswith(b"<?xml")
 
 
@@ -85,6 +86,16 @@ def test_the_best_rate_counts_and_the_median_of_its_seeds(evidence):
     assert evidence_report.best_of(first + lucky)[1] == {"gla": first}
     lucky += [FakeRun(1e-2, None, None, failure="no number")] * 2  # and at another two diverged
     assert evidence_report.best_of(first + lucky)[1] == {"gla": first}
+
+
+def test_a_page_tells_what_the_median_of_seeds_hides(evidence):
+    from evidence_report import _by_seed
+
+    chosen = {"gla": [0.99, 0.5742], "mamba": [0.9, None], "s4d": [0.7]}
+    record = {"chosen": {label: {"values": values} for label, values in chosen.items()}}
+    said = "As trained, seed by seed: `gla` 0.990, 0.574; `mamba` 0.900, diverged."
+    assert _by_seed(record) == ["", said]
+    assert _by_seed({"chosen": {"s4d": {"values": [0.7]}}}) == []
 
 
 def test_what_the_clock_cut_off_early_does_not_count(evidence):
