@@ -121,3 +121,16 @@ def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, floa
         name: ((x.double() - truth[name]).norm() / truth[name].norm()).item()
         for name, x in found.items()
     }
+
+
+def shows_nan(gate: str, device: str) -> bool:
+    """Whether one head's outputs and state are NaN from where its gate is, and nothing else is."""
+    inputs, first = Case(gate, T=70).inputs(device), 40
+    if gate in ("[H]", "[H,K]"):
+        inputs["log_decay"][0], first = torch.nan, 0
+    else:
+        inputs["log_decay"][:, first, 0] = torch.nan
+    o, final = kernels(*inputs.values(), None)
+    shown = o[:, first:, 0].isnan().all() and final[:, 0].isnan().all()
+    chunk = first // 32 * 32  # of whose earlier tokens nothing is promised
+    return bool(shown and o[:, :chunk].isfinite().all() and o[:, :, 1].isfinite().all())

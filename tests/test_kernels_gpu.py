@@ -7,7 +7,8 @@ same 16-bit operands. For float32 it is the contract's own 1e-5.
 import pytest
 import torch
 
-from kernel_cases import Case, chunked_torch, draws, errors, kernels, oracle, results
+import subquad
+from kernel_cases import Case, chunked_torch, draws, errors, kernels, oracle, results, shows_nan
 from subquad.kernels import layout, matrix
 
 pytestmark = [
@@ -149,6 +150,24 @@ def test_strided_inputs_and_minus_infinity():
     assert torch.equal(o, same) and torch.equal(final, also)
 
 
+@pytest.mark.parametrize("gate", GATES[1:])
+def test_a_gate_that_is_no_number_is_not_taken_to_forget(gate):
+    assert shows_nan(gate, "cuda")
+
+
+def test_forward_derivatives_are_the_torch_forms():
+    inputs = Case("[B,T,H]", T=100).inputs("cuda")
+    q, k, v, gate, _, state = inputs.values()
+
+    def call(v, impl="auto"):
+        return subquad.linear_recurrence(q, k, v, gate, state=state, impl=impl)
+
+    found = torch.func.jvp(call, (v,), (v,))[1]
+    due = torch.func.jvp(lambda v: call(v, "torch"), (v,), (v,))[1]
+    torch.testing.assert_close(found, due)
+    assert due[0].any()
+
+
 @pytest.mark.parametrize("gate", ["none", "[B,T,H]", "[B,T,H,K]"])
 def test_opcheck_and_compile(gate):
     case = Case(gate, T=100, B=2, K=32, V=32, dtype=BF16)
@@ -172,8 +191,6 @@ def test_the_tensors_gpu_need_not_be_the_current_one():
 
 
 def test_the_public_function_takes_them():
-    import subquad
-
     inputs = Case("[B,T,H,K]", T=100, K=64, V=64, dtype=BF16).inputs("cuda")
     q, k, v, gate, _, state = inputs.values()
     o, final = subquad.linear_recurrence(q, k, v, log_decay=gate, state=state)

@@ -77,6 +77,27 @@ def test_segments_of_packed_sequences(interpreted):
     assert interpreted["segments"] == {"wrong": []}
 
 
+@pytest.mark.parametrize("gate", GATES[1:])
+def test_a_gate_that_is_no_number_is_not_taken_to_forget(interpreted, gate):
+    assert interpreted[f"{gate} with NaN"] == {"shown": True}
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_a_token_of_each_row_may_lie_anywhere(interpreted, gate):
+    assert interpreted[f"{gate} one token, time first"] == {"equal": True}
+
+
+def test_views_whose_heads_lie_too_far_apart_are_copied():
+    """As of [B,H,T,K] with more than 2^31 elements."""
+    import torch
+
+    from subquad.kernels.passes import strided
+
+    near, far = (torch.empty(1, 16, n, 128, device="meta").transpose(1, 2) for n in (2**19, 2**21))
+    assert strided(near) is near
+    assert strided(far).stride() == (2**21 * 16 * 128, 16 * 128, 128, 1)
+
+
 def test_reasons_to_decline():
     import torch
 
@@ -89,7 +110,7 @@ def test_reasons_to_decline():
 def main() -> None:
     import triton_interpreter  # noqa: F401, I001 - before anything that imports Triton
     import torch
-    from kernel_cases import Case, errors, kernels, oracle, results
+    from kernel_cases import Case, errors, kernels, oracle, results, shows_nan
     from subquad.kernels import layout, matrix
 
     whole = layout.SHORTEST_SEGMENT, layout.WARPS_PER_PROCESSOR
@@ -106,8 +127,41 @@ def main() -> None:
         inputs = Case(gate, T=20).inputs("cpu").values()
         leaves = [None if x is None else x.requires_grad_() for x in inputs]
         torch.library.opcheck(matrix.scan_forward.op, (*leaves, None, 0.3))
+    for gate in GATES:
+        found[f"{gate} one token, time first"] = {"equal": does_not_mind_strides(gate)}
+        if gate != "none":
+            found[f"{gate} with NaN"] = {"shown": shows_nan(gate, "cpu")}
     found["segments"] = {"wrong": [str(ends) for ends in boundaries() if not are_cut_well(*ends)]}
     print(json.dumps(found))
+
+
+def does_not_mind_strides(gate: str) -> bool:
+    """Whether one token of two rows has the same results where the rows lie as if time came first.
+
+    PyTorch calls such tensors contiguous: the stride along an axis of size 1 does not count.
+    """
+    import torch
+
+    from kernel_cases import Case, kernels
+
+    case = Case(gate, T=1, B=2)
+
+    def run(lay):
+        leaves = [
+            None if x is None else lay(x).requires_grad_() for x in case.inputs("cpu").values()
+        ]
+        o, final = kernels(*leaves, None)
+        (o.square().sum() + final.square().sum()).backward()
+        return [o, final, *(x.grad for x in leaves if x is not None)]
+
+    def time_first(x):
+        if x.shape[:2] != (2, 1):
+            return x
+        return x.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(0, 1)
+
+    q = case.inputs("cpu")["q"]
+    assert time_first(q).is_contiguous() and time_first(q).stride() != q.stride()
+    return all(map(torch.equal, run(time_first), run(lambda x: x)))
 
 
 def boundaries() -> list[tuple[list[int], int]]:

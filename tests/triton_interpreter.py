@@ -1,11 +1,13 @@
 """Triton's interpreter for the kernels on a CPU: import this before anything imports Triton.
 
-Three faults of the interpreter of Triton 3.6 are mended here, all outside our kernels: it turns
+Four faults of the interpreter of Triton 3.6 are mended here, all outside our kernels: it turns
 one-element arrays to int, which numpy 2.4 refuses; it multiplies the bit patterns of bfloat16
-operands instead of their values; and it cuts numbers off to bfloat16 where a GPU rounds them.
+operands instead of their values; it cuts numbers off to bfloat16 where a GPU rounds them; and its
+maximum of a number and NaN is NaN, where a GPU's is the number unless the kernel asks for NaN.
 """
 
 import os
+from functools import partialmethod
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -54,6 +56,13 @@ def _mend_rounding() -> None:
     interpreter.InterpreterBuilder.cast_impl = cast_impl
 
 
+def _mend_maximum() -> None:
+    builder = interpreter.InterpreterBuilder
+    builder.create_maxnumf = partialmethod(builder.binary_op, op=np.fmax)
+    builder.create_minnumf = partialmethod(builder.binary_op, op=np.fmin)
+
+
 _mend_index()
 _mend_dot()
 _mend_rounding()
+_mend_maximum()

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiles import FARTHEST, FLOOR2, LOG2E, load_gates, locate
+from .tiles import FARTHEST, FLOOR2, LOG2E, at_least, load_gates, locate
 
 
 @triton.jit(do_not_specialize=["tokens", "seg_len", "per_row", "chunks_in_all"])
@@ -25,7 +25,7 @@ def sum_head_gates(
         t0 = tl.cast(c * C, tl.int64)
         mask = t0 + t < length
         value = tl.load(gate + (t0 + t) * gate_token, mask=mask, other=0.0).to(tl.float32)
-        value = tl.maximum(value * LOG2E, FLOOR2)
+        value = at_least(value * LOG2E, FLOOR2)
         at = (head * tl.cast(chunks_in_all, tl.int64) + chunk + c) * C + t
         if PRECISE:
             floor = tl.floor(value)

@@ -29,8 +29,19 @@ from .layout import (
 
 def strided(x: Tensor) -> Tensor:
     """x with its channels adjacent and one stride for all tokens of the batch: a view if it is."""
-    flat = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
-    return x if x.stride(-1) == 1 and flat else x.contiguous()
+    last_head = (x.shape[2] - 1) * x.stride(2)  # whose place kernels tell by 32-bit numbers
+    fits = x.stride(-1) == 1 and last_head < 2**31
+    return x if fits and _is_one_row(x) else _laid_out(x)
+
+
+def _is_one_row(x: Tensor) -> bool:
+    """Whether one stride leads from each token of the batch to the next."""
+    return x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+
+
+def _laid_out(x: Tensor) -> Tensor:
+    """A copy with the strides of its shape. x.contiguous() leaves a single token's as they are."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 class Gate(NamedTuple):
@@ -51,8 +62,8 @@ def prepare_gate(log_decay: Tensor | None, like: Tensor) -> Gate:
         return Gate(kind, True, log_decay, 0, log_decay.stride(0))
     if log_decay.ndim == 4:
         log_decay = strided(log_decay)
-    elif log_decay.shape[0] > 1 and log_decay.stride(0) != log_decay.shape[1] * log_decay.stride(1):
-        log_decay = log_decay.contiguous()
+    elif not _is_one_row(log_decay):
+        log_decay = _laid_out(log_decay)
     return Gate(kind, False, log_decay, log_decay.stride(1), log_decay.stride(2))
 
 

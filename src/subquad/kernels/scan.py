@@ -26,6 +26,7 @@ from .tiles import (
     HEAD_FIXED,
     LOG2E,
     NONE,
+    at_least,
     gap,
     load_tile,
     locate,
@@ -68,6 +69,12 @@ def head_decays(sums, fractions, REVERSE: tl.constexpr, BONUS: tl.constexpr,
         else:
             pair += read_part[None, :] - part[:, None]
     return pair, to_reader, after, total
+
+
+@triton.jit
+def fixed_gate(gate):
+    """log2 of one step's decay."""
+    return at_least(tl.load(gate).to(tl.float32) * LOG2E, FLOOR2)
 
 
 @triton.jit
@@ -166,7 +173,7 @@ def scan(
         keep = distance > 0
         distance -= 1
     if GATE == HEAD_FIXED:
-        step_gate = tl.maximum(tl.load(gate + head * gate_head).to(tl.float32) * LOG2E, FLOOR2)
+        step_gate = fixed_gate(gate + head * gate_head)
 
     for step in tl.range(0, chunks, num_stages=STAGES):
         if REVERSE:

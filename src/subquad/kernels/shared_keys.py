@@ -15,14 +15,8 @@ miscompiles.
 import triton
 import triton.language as tl
 
-from .scan import fixed_decays, head_decays
-from .tiles import FLOOR2, HEAD, HEAD_FIXED, LOG2E, load_tile, locate
-
-
-@triton.jit
-def fixed_gate(gate):
-    """log2 of one step's decay."""
-    return tl.maximum(tl.load(gate).to(tl.float32) * LOG2E, FLOOR2)
+from .scan import fixed_decays, fixed_gate, head_decays
+from .tiles import HEAD, HEAD_FIXED, load_tile, locate
 
 
 @triton.jit(do_not_specialize=["tokens", "seg_len", "per_row", "chunks_in_all"])
@@ -106,7 +100,8 @@ def chunk_gates(gate, sums, head, chunk, chunks_in_all, gate_head, distance, t, 
     else:
         step_gate = fixed_gate(gate + head * gate_head)
         pair, read, write, total = fixed_decays(distance, step_gate, t, count, False)
-    return tl.minimum(pair, 127.0), read, write, total
+    pair = tl.minimum(pair, 127.0, propagate_nan=tl.PropagateNan.ALL)
+    return pair, read, write, total
 
 
 @triton.jit(do_not_specialize=["tokens", "seg_len", "per_row", "chunks_in_all", "parts", "each"])

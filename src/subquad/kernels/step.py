@@ -30,7 +30,7 @@ def step(
     pid = tl.program_id(0)
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
     columns = (pid % BLOCKS) * BV + tl.arange(0, BV)
-    head = (pid // BLOCKS) % H
+    head = ((pid // BLOCKS) % H).to(tl.int64)  # the next one can be a long sequence away
     row = (pid // (BLOCKS * H)).to(tl.int64)
     channels = tl.arange(0, BK)
     in_K, in_V = channels < K, columns < V

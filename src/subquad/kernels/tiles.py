@@ -22,6 +22,12 @@ HEAD = tl.constexpr(2)
 
 
 @triton.jit
+def at_least(gate, floor):
+    """A gate that is no number stays none: Triton's maximum would make it the floor, "forget"."""
+    return tl.maximum(gate, floor, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def locate(segment, table, tokens, length, per_row, PACKED: tl.constexpr, C: tl.constexpr):
     """First token, length, and first chunk (counted over the whole call) of a segment."""
     if PACKED:
@@ -56,7 +62,7 @@ def load_tile(base, rows, cols, stride, count, WIDTH: tl.constexpr, EVEN: tl.con
 
 @triton.jit
 def load_gates(base, rows, cols, stride, count, WIDTH: tl.constexpr, EVEN: tl.constexpr):
-    return tl.maximum(load_tile(base, rows, cols, stride, count, WIDTH, EVEN), FLOOR)
+    return at_least(load_tile(base, rows, cols, stride, count, WIDTH, EVEN), FLOOR)
 
 
 @triton.jit
