@@ -197,3 +197,18 @@ def test_every_size_of_every_experiment_can_be_planned(evidence):
             for settings in size.settings:
                 config = TaskArenaConfig(task=name, rows=experiment.rows, **settings)
                 assert config.recipe().steps > 0
+
+
+def test_growth_is_drawn_from_its_points(evidence, monkeypatch, tmp_path):
+    import evidence_scaling
+
+    results = FOLDER.parent / "docs" / "results"
+    record = json.loads((results / "scaling-cpu.json").read_text(encoding="utf-8"))
+    (tmp_path / "scaling-cpu.json").write_text(json.dumps(record), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["x", "cpu", "--folder", str(tmp_path)])
+    evidence_scaling.main()
+    drawn = (tmp_path / "scaling-cpu.svg").read_bytes()
+    assert drawn.startswith(b"<?xml") and drawn.count(b"<use ") > 10 * 4 * 3  # points are markers
+    monkeypatch.setattr(sys, "argv", ["x", "tpu", "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit, match="tpu: there is no"):
+        evidence_scaling.main()

@@ -4,6 +4,7 @@ import html
 import json
 import math
 import tracemalloc
+import weakref
 from dataclasses import replace
 from functools import partial
 from html.parser import HTMLParser
@@ -543,6 +544,19 @@ def test_bytes_kept_are_those_of_the_graph():
     layer = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 4))
     # The first product keeps its input, tanh its output, which the second product shares.
     assert kept_for_backward(layer, torch.randn(5, 8)) == 4 * 5 * (8 + 16)
+
+
+def test_what_was_counted_is_given_back():
+    outputs = []
+
+    class Exponential(torch.nn.Module):
+        def forward(self, x):
+            y = x.exp()  # saved for its own gradient
+            outputs.append(weakref.ref(y))
+            return y, {}
+
+    assert kept_for_backward(Exponential(), torch.randn(3, 4)) == 4 * 12
+    assert outputs[0]() is None, "or the peak of the next point would count it, too"
 
 
 def test_scaling_finds_what_is_exact_and_reports_it(tmp_path):

@@ -225,7 +225,8 @@ def kept_for_backward(layer: Mixer, x: Tensor) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage
-        return tensor
+        # A node that kept its own output with its history would keep itself, for ever.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer.train()(x.requires_grad_(True))
