@@ -346,7 +346,7 @@ def test_errors_are_one_line(finished, text, tmp_path, subquad):
     (tmp_path / "empty.txt").touch()
     commands = {
         "is not empty": ("train", finished, "--data", text),
-        "did you mean": ("train", tmp_path / "a", "--data", text, "--mixer", "glaa"),
+        "Fix: perhaps 'gla'": ("train", tmp_path / "a", "--data", text, "--mixer", "glaa"),
         "holds no text": ("train", tmp_path / "b", "--data", tmp_path / "empty.txt"),
         "name the run directory": ("train", "--resume"),
         "keeps its own settings": ("train", finished, "--resume", "--config", finished),

@@ -5,7 +5,7 @@ import json
 import math
 import tracemalloc
 import weakref
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from html.parser import HTMLParser
 
@@ -635,6 +635,18 @@ def test_the_list_tells_of_every_task():
             assert told and told == told.strip()  # else a line was cut off in the source
 
 
+@pytest.mark.parametrize("task", list(tasks.TASKS))
+def test_the_list_tells_of_one_task_what_can_be_set(task):
+    text = run("--list-tasks", "--task", task).output
+    assert [name for name in tasks.TASKS if f"\n{name} " in text] == [task]
+    shown = [line.removeprefix("--set ") for line in text.splitlines() if line.startswith("--set ")]
+    small = tasks.get(task)
+    assert task_config({"task": task}, shown).build() == small
+    assert len(shown) == len(fields(small))
+    (only,) = json.loads(run("--list-tasks", "--json", "--task", task).output)
+    assert only["task"] == task
+
+
 def test_the_command_trains_and_reports(tmp_path):
     words = "--task copying --rows gla --steps 4 --batch-size 2 --set memory=2 --set pause=4"
     more = "--set test_sequences=4 --set test_pauses=[8] --parameters 40k --device cpu"
@@ -650,6 +662,9 @@ def test_the_command_trains_and_reports(tmp_path):
         ("--preset published", "--preset: does not go with the arena on text"),
         ("--task mqar --set colour=red", "colour: got no such setting"),
         ("--task nothing", "task: got 'nothing'"),
+        ("--list-tasks --task mqr", "task: got 'mqr'"),
+        ("--list-tasks --rows gla", "--rows: does not go with --list-tasks"),
+        ("--list-tasks --scaling", "--scaling: does not go with --list-tasks"),
         ("--scaling --task mqar", "--task: does not go with --scaling"),
         ("--scaling --set colour=1", "--set colour: got no such field"),
         ("--scaling --set tokens=512", "tokens: got [512]; expected three numbers"),

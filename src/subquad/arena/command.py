@@ -19,7 +19,7 @@ from subquad.arena.task_progress import TaskProgress
 from subquad.arena.task_report import task_table, write_task_report
 from subquad.arena.task_results import TaskArenaConfig
 from subquad.arena.task_run import run_task_arena
-from subquad.recurrence.validate import fail
+from subquad.recurrence.validate import choose, fail
 from subquad.train.command import parse_setting
 
 
@@ -130,12 +130,15 @@ def scaling_command(out: Path, given: dict[str, Any], settings: list[str]) -> No
     console.print(f"\n[bold]Report[/bold]  {page}", highlight=False, soft_wrap=True)
 
 
-def list_tasks_command(as_json: bool) -> None:
-    """Print every task: what it measures, who solves it, where it is from."""
+def list_tasks_command(as_json: bool, task: str | None = None) -> None:
+    """Print every task, or `task`: what it measures, who solves it, where it is from."""
     from rich.table import Table
 
+    if task is not None:
+        choose("task", task, tuple(tasks.TASKS))
+    told_of = [_facts(name) for name in tasks.TASKS if task in (None, name)]
     if as_json:
-        print(json.dumps([_facts(name) for name in tasks.TASKS], indent=2, ensure_ascii=False))
+        print(json.dumps(told_of, indent=2, ensure_ascii=False))
         return
     console = Console()
     page = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
@@ -143,14 +146,23 @@ def list_tasks_command(as_json: bool) -> None:
     wide = console.width >= 140
     for column in ("measures", "solved by", "from") if wide else ("what it is",):
         page.add_column(column, overflow="fold")
-    for name in tasks.TASKS:
-        facts = _facts(name)
+    for facts in told_of:
         told = [facts["measures"], facts["solved_by"], facts["from"]]
         if not wide:
             told = [f"{told[0]}\n[dim]solved by: {told[1]}\nfrom: {told[2]}[/dim]"]
-        page.add_row(name, *told)
+        page.add_row(facts["task"], *told)
     console.print(page, highlight=False)
-    console.print("\nTrain rows on one:  subquad arena --task mqar --rows mamba2,gla", style="dim")
+    if task:
+        console.print(f"\npresets: {', '.join(told_of[0]['presets'])}", highlight=False)
+        for name, value in told_of[0]["settings"].items():
+            written = json.dumps(value, separators=(",", ":"))
+            console.print(f"--set {name}={written}", highlight=False, soft_wrap=True)
+    console.print(
+        f"\nTrain rows on {'it' if task else 'one'}:  subquad arena --task {task or 'mqar'} "
+        "--rows mamba2,gla",
+        style="dim",
+        soft_wrap=True,
+    )
 
 
 def _facts(name: str) -> dict[str, Any]:

@@ -84,7 +84,11 @@ def arena(
     ] = None,
     list_tasks: Annotated[
         bool,
-        typer.Option("--list-tasks", help="Tell what each task measures.", rich_help_panel=TASK),
+        typer.Option(
+            "--list-tasks",
+            help="Tell what each task measures; with --task, what can be set of that one.",
+            rich_help_panel=TASK,
+        ),
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="The list, for programs.", rich_help_panel=TASK)
@@ -138,7 +142,9 @@ def arena(
     on_text = {"data": data, "minutes": minutes, "seq_len": seq_len}
     on_task = {"preset": preset, "set": setting, "json": as_json or None}
     if list_tasks:
-        list_tasks_command(as_json)
+        strays = common | on_text | {"preset": preset, "set": setting, "scaling": scaling or None}
+        _refuse_strays(strays | {"out": out}, "--list-tasks")
+        list_tasks_command(as_json, task)
         return
     if scaling:
         strays = common | on_text | on_task | {"task": task}

@@ -207,7 +207,7 @@ def _check_choice(name: str, value: object, choices: Iterable[str], hint: str = 
     if value in choices:
         return
     close = difflib.get_close_matches(str(value), choices, n=3)
-    fix = f"did you mean {' or '.join(map(repr, close))}?" if close else "pick one of these"
+    fix = f"perhaps {' or '.join(map(repr, close))}" if close else "pick one of these"
     if hint:
         fix += f"; {hint}"
     raise fail(name, repr(value), f"one of {', '.join(choices) or 'nothing (it takes none)'}", fix)
