@@ -323,7 +323,10 @@ def test_crop_works_only_where_nothing_is_lost(ids) -> None:
         ({"layers": ["mamba2", "attention"]}, r"layers: got 'attention'"),
         ({"layers": []}, r"layers: got \[\]"),
         ({"layers": "mamba2"}, r"layers: got 'mamba2'; expected a list"),
-        ({"mixer": "gla", "mixer_options": {"gla": {"num_head": 4}}}, r"Fix: perhaps 'num_heads'\.$"),
+        (
+            {"mixer": "gla", "mixer_options": {"gla": {"num_head": 4}}},
+            r"Fix: perhaps 'num_heads'\.$",
+        ),
         ({"mixer": "gla", "mixer_options": {"num_heads": 4}}, r"mixer_options: got 'num_heads'"),
         ({"mixer": "gla", "mixer_options": {"gla": 4}}, r"mixer_options\['gla'\]: got 4"),
         (
