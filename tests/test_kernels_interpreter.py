@@ -74,7 +74,7 @@ def test_equal_to_the_loop(interpreted, name):
 
 
 def test_segments_of_packed_sequences(interpreted):
-    assert interpreted["segments"] == {"wrong": []}
+    assert interpreted["segments"] == {"wrong": [], "outside": []}
 
 
 @pytest.mark.parametrize("gate", GATES[1:])
@@ -131,7 +131,10 @@ def main() -> None:
         found[f"{gate} one token, time first"] = {"equal": does_not_mind_strides(gate)}
         if gate != "none":
             found[f"{gate} with NaN"] = {"shown": shows_nan(gate, "cpu")}
-    found["segments"] = {"wrong": [str(ends) for ends in boundaries() if not are_cut_well(*ends)]}
+    found["segments"] = {
+        "wrong": [str(ends) for ends in boundaries() if not are_cut_well(*ends)],
+        "outside": [str(ends) for ends in wrong_boundaries() if not stay_inside(*ends)],
+    }
     print(json.dumps(found))
 
 
@@ -170,6 +173,29 @@ def boundaries() -> list[tuple[list[int], int]]:
     few = [sorted(draw.choices(range(700), k=n)) for n in (0, 1, 2, 9, 40)]
     many = [sorted(draw.choices(range(700), k=1500))]  # more than a program looks at in one go
     return [([0, *ends, 700], length) for ends in few + many for length in (64, 256, 768)]
+
+
+def wrong_boundaries() -> list[tuple[list[int], int]]:
+    """Ends that go back and forth and beyond the 700 tokens, and the tokens of a segment."""
+    draw = random.Random(0)
+    ends = [[0, 700, 0, 700], *([draw.randint(-5, 1400) for _ in range(n)] for n in (2, 5, 9))]
+    return [(some, length) for some in ends for length in (32, 256, 768)]
+
+
+def stay_inside(ends: list[int], length: int) -> bool:
+    """Whether kernels that are given wrong boundaries stay within tokens and chunks."""
+    import torch
+
+    from subquad.kernels import layout
+    from subquad.kernels.launch import launch
+
+    chunk, tokens, queue = 32, 700, []
+    found = layout.lay_out(1, tokens, length, torch.tensor(ends), chunk, queue)
+    launch(queue)
+    begin, size, first = found.table[found.table[:, 1] > 0].unbind(1)
+    chunks = -(-tokens // chunk) + len(ends) - 2
+    inside = (begin >= 0) & (begin + size <= tokens) & (first + -(-size // chunk) <= chunks)
+    return bool(inside.all() and found.offsets.max() <= found.segments)
 
 
 def are_cut_well(ends: list[int], length: int) -> bool:

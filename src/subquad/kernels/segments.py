@@ -58,7 +58,9 @@ def cut_segments(
     inside = index < segments
     tl.store(place, begin + into, mask=inside)
     tl.store(place + 1, size, mask=inside)
-    tl.store(place + 2, tl.load(firsts + low) + into // C, mask=inside)
+    # Sequences that overlap have more chunks than there is room for; others never.
+    most = tl.cdiv(tokens, C) + sequences - 1 - tl.cdiv(size, C)
+    tl.store(place + 2, tl.minimum(tl.load(firsts + low) + into // C, most), mask=inside)
 
 
 @triton.jit
