@@ -48,4 +48,10 @@ def _has_kernel(x: Tensor | None, dt: Tensor, dt_bias: Tensor, A_log: Tensor) ->
     from subquad.kernels import timestep
 
     given = (x, dt, dt_bias, A_log)
-    return can_call_kernels(given) and timestep.supported(*given) is None
+    return _fits(*given) and can_call_kernels(given) and timestep.supported(*given) is None
+
+
+def _fits(x: Tensor | None, dt: Tensor, dt_bias: Tensor, A_log: Tensor) -> bool:
+    """Whether kernels, which trust shapes, may be given these. PyTorch broadcasts."""
+    fits = dt.ndim == 3 and dt_bias.shape == A_log.shape == dt.shape[2:]
+    return fits and (x is None or (x.ndim == 4 and x.shape[:3] == dt.shape))
