@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from subquad.recurrence import watch
 from subquad.recurrence.diagonal import selective_scan
 from subquad.recurrence.scan_operator import _scan, _scan_backward
 
@@ -257,3 +258,15 @@ def test_a_backward_pass_for_which_nothing_was_kept(impl):
     none = _scan(*leaves, None, impl, False)[2]
     with pytest.raises(RuntimeError, match=r"^checkpoints: got none"):  # rather than read them
         _scan_backward(y, last, *leaves, None, none, impl)
+
+
+def test_what_one_token_runs_is_told():
+    leaves = {n: t.detach().float().requires_grad_() for n, t in inputs(2, 1).items()}
+    with watch() as calls:
+        selective_scan(**{n: t.detach() for n, t in leaves.items()})
+        selective_scan(**leaves)
+    assert [(call.form, call.impl) for call in calls] == [
+        ("recurrent", "numba"),
+        ("recurrent", "torch"),
+    ]
+    assert "one step" in calls[1].why

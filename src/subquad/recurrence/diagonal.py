@@ -58,7 +58,8 @@ def selective_scan(
         cu_seqlens: [S+1] int, the bounds of S sequences packed in x (then Bt is 1).
         form: "recurrent" (token by token), "scan" (parallel within chunks) or "auto".
         impl: "reference" (recurrent), "numba" (recurrent, float32 on the CPU), "triton" (scan,
-            float32 on a GPU), "torch" (scan, any device) or "auto".
+            float32 on a GPU), "torch" (scan, any device) or "auto". One token is one step:
+            compiled on the CPU where no gradient is recorded, in PyTorch elsewhere.
 
     Returns:
         y [Bt,T,D] in x's dtype and the last h [S,D,N] in float32 (float64 if x is float64), as is
@@ -69,8 +70,6 @@ def selective_scan(
     """
     S = _check(x, dt, A, B, C, D, state, cu_seqlens)
     impl = _choose_impl(form, impl, x, A.shape[1])
-    if watched():
-        tell(_explain(impl, x, A, S))
     precise = torch.float64 if x.dtype == torch.float64 else torch.float32
     if D is None:
         D = x.new_zeros(x.shape[2])
@@ -79,10 +78,15 @@ def selective_scan(
     inputs: Any = tuple(
         t if t.dtype == precise else t.to(precise) for t in (x, dt, A, B, C, D, state)
     )
+    one_token = x.shape[1] == 1 and impl != "reference"
+    if one_token:
+        impl = "numba" if can_call_compiled_code(inputs) else "torch"
+    if watched():
+        tell(_explain(impl, x, A, S))
     if impl == "reference":
         y, last_state = diagonal_reference.loop(*(*inputs, cu_seqlens))
-    elif x.shape[1] == 1:
-        y, last_state = _one_token(*inputs)
+    elif one_token:
+        y, last_state = _one_token(impl, *inputs)
     elif not can_call_operators():
         y, last_state, _ = scan.forward(*(*inputs, cu_seqlens, False))
     else:
@@ -103,11 +107,15 @@ def _explain(impl: str, x: Tensor, A: Tensor, S: int) -> Explanation:
         "torch": "a parallel scan within chunks, in PyTorch operations",
         "reference": "the loop over tokens, as asked for",
     }
+    if impl == "torch" and x.shape[1] == 1:
+        form, why = "recurrent", {impl: "one token: one step, in PyTorch operations"}
+    else:
+        form = "scan" if impl in FORMS["scan"] else "recurrent"
     D, N = A.shape
     return Explanation(
         recurrence=kind.write,
         read=kind.read,
-        form="scan" if impl in FORMS["scan"] else "recurrent",
+        form=form,
         impl=impl,
         chunk=None,
         device=str(x.device),
@@ -120,10 +128,10 @@ def _explain(impl: str, x: Tensor, A: Tensor, S: int) -> Explanation:
 
 
 def _one_token(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
+    impl: str, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Decoding: one step, in compiled code where nothing is recorded."""
-    if can_call_compiled_code((x, dt, A, B, C, D, state)):
+    """Decoding: one step, in compiled code or in PyTorch."""
+    if impl == "numba":
         from subquad.kernels import selective_scan_cpu
 
         result: tuple[Tensor, Tensor] = selective_scan_cpu.step(x, dt, A, B, C, D, state)
