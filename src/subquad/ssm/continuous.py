@@ -13,7 +13,7 @@ from torch import Tensor
 
 from subquad.recurrence.validate import choose, fail
 from subquad.ssm.discrete import DiscreteStateSpace, check_frequencies, finite_response
-from subquad.ssm.discretize import ALPHAS, discretize
+from subquad.ssm.discretize import ALPHAS, discretize, exponential
 from subquad.ssm.matrix import Dense, Diagonal, unsqueeze
 from subquad.ssm.system import LinearSystem, check_signal
 
@@ -108,7 +108,7 @@ class StateSpace(LinearSystem):
         B, C = self.B[..., None, :, :], self.C[..., None, :, :]
         if isinstance(A, Diagonal):
             return C @ ((times[:, None] * A.lam).exp()[..., None] * B)
-        return C @ torch.linalg.matrix_exp(times[:, None, None] * A.dense()) @ B
+        return C @ exponential(times[:, None, None] * A.dense()) @ B
 
     def frequency_response(self, w: Tensor) -> Tensor:
         """C (i w - A)^-1 B + D: gain and phase of a sinusoid, once settled.

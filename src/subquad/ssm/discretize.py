@@ -40,6 +40,18 @@ def phi1(z: Tensor) -> Tensor:
     return torch.where(small, series, expm1(z_large) / z_large)
 
 
+def exponential(M: Tensor) -> Tensor:
+    """e^M of matrices [...,N,N], with gradients.
+
+    A batch of one goes in twice: for a lone matrix of 1-norm between 0.007 and 0.05 PyTorch 2.13
+    is off by up to 1.3e-10 in double precision, for one among others it is not. That is much for
+    the step of a system, which takes millions of them.
+    """
+    if M.shape[:-2].numel() > 1:
+        return torch.linalg.matrix_exp(M)
+    return torch.linalg.matrix_exp(M.expand(2, *M.shape))[0]
+
+
 def zero_order_hold(dt: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
     """Hold the input for a step: A_bar = e^(dt A), B_bar = A^-1 (e^(dt A) - 1), for B = 1.
 
@@ -99,5 +111,5 @@ def _hold(A: StateMatrix, B: Tensor, dt: Tensor) -> tuple[StateMatrix, Tensor]:
     batch = torch.broadcast_shapes(dense.shape[:-2], B.shape[:-2], dt.shape)
     both = torch.cat([dense.expand(*batch, N, N), B.expand(*batch, *B.shape[-2:])], -1)
     both = torch.nn.functional.pad(both, (0, 0, 0, B.shape[-1]))
-    held = torch.linalg.matrix_exp(dt[..., None, None] * both)
+    held = exponential(dt[..., None, None] * both)
     return Dense(held[..., :N, :N]), held[..., :N, N:]

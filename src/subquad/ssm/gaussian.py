@@ -18,6 +18,7 @@ from subquad.recurrence.validate import choose, fail
 from subquad.ssm import kalman, kalman_scan
 from subquad.ssm.continuous import StateSpace
 from subquad.ssm.discrete import DiscreteStateSpace
+from subquad.ssm.discretize import exponential
 from subquad.ssm.kalman import Filtered, Smoothed
 from subquad.ssm.matrix import check_parameter
 from subquad.ssm.system import check_batch, check_signal
@@ -291,9 +292,9 @@ def noise_in_a_step(system: StateSpace, density: Tensor, dt: float | Tensor) -> 
     batch = torch.broadcast_shapes(A.shape, density.shape, short.shape)
     above = torch.cat([-A.expand(batch), density.expand(batch)], -1)
     below = torch.cat([torch.zeros_like(A).expand(batch), A.mT.expand(batch)], -1)
-    exponential = torch.linalg.matrix_exp(short * torch.cat([above, below], -2))
-    F = exponential[..., N:, N:].mT
-    Q = F @ exponential[..., :N, N:]
+    held = exponential(short * torch.cat([above, below], -2))
+    F = held[..., N:, N:].mT
+    Q = F @ held[..., :N, N:]
     for _ in range(doublings):
         Q, F = Q + F @ Q @ F.mT, F @ F
     return (Q + Q.mT) / 2
