@@ -64,7 +64,7 @@ class Graph:
 
     def __init__(self, model, serves=lambda: True):
         self.weights = [(weakref.ref(p), p.data_ptr()) for p in model.parameters()]
-        self.asked = serves
+        self.asked, self.shown = serves, graphs_module._shown(model)
 
     def serves(self, tokens, states):
         return self.asked()
@@ -168,3 +168,59 @@ def test_other_errors_of_a_capture_switch_graphs_off(monkeypatch):
     with pytest.warns(UserWarning, match="not permitted"):
         assert lend(shelf, model) is None
     assert not shelf.fit and attempts.made == 1
+
+
+class Switched(torch.nn.Module):
+    """Something beside a weight that can be switched off, as PEFT's adapters can."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.off, self.scaling = torch.nn.Linear(2, 2), False, {"default": 2.0}
+
+
+def test_a_graph_does_not_serve_a_model_that_was_changed_since(monkeypatch):
+    model, shelf = Switched(), _Shelf()
+    captured = []
+    monkeypatch.setattr(
+        shelf, "_capture", lambda model, *_: captured.append(Graph(model)) or captured[-1]
+    )
+    with_adapter = lend(shelf, model).graph
+    model.off = True
+    without = lend(shelf, model)
+    assert without.graph is not with_adapter
+    assert lend(shelf, model).graph is not with_adapter  # while `without` is still lent
+    model.off = False
+    assert lend(shelf, model).graph is with_adapter  # each has its own
+    model.scaling["default"] = 1.0
+    assert lend(shelf, model).graph not in captured[:-1]
+    assert len(captured) == 4
+
+
+def test_a_model_with_hooks_inside_is_stepped_through():
+    """A captured step would leave out their Python."""
+    model, shelf = Switched(), _Shelf()
+    shelf.put_back(Graph(model))
+    hook = model.inner.register_forward_hook(print)
+    assert lend(shelf, model) is None and shelf.fit
+    hook.remove()
+    model.register_forward_hook(print)  # the model's own are called outside of the step
+    assert lend(shelf, model) is not None
+
+
+def test_a_graph_that_a_cache_holds_is_looked_at_when_other_states_come():
+    model = Switched()
+    graph = Graph(model)
+    graph.holds = lambda states: states == "own"
+    assert graphs_module._goes_on(graph, model, None, "other")
+    model.off = True
+    assert not graphs_module._goes_on(graph, model, None, "other")
+    assert graphs_module._goes_on(graph, model, None, "own")
+
+
+@torch.no_grad()
+def test_generating_changes_nothing_that_a_graph_looks_at():
+    model = build()
+    model.generate(torch.arange(6)[None], max_new_tokens=3, do_sample=False)
+    shown = graphs_module._shown(model)
+    model.generate(torch.arange(6)[None], max_new_tokens=3, do_sample=False)
+    assert shown and graphs_module._shown(model) == shown

@@ -88,6 +88,33 @@ def test_a_growing_state_decodes_step_by_step(ids, replays, monkeypatch):
     assert replays and not any(replays)
 
 
+def test_a_module_that_is_switched_off_is_not_replayed(ids, replays, monkeypatch):
+    """As an adapter of PEFT is: all weights stay where they were. And hooks inside are called."""
+    model = build("gla")
+    mixer = model.model.layers[0].mixer
+    forward = type(mixer).forward
+
+    def switched(self, x, *args, **kwargs):
+        y, state = forward(self, x, *args, **kwargs)
+        return y * 0 if getattr(self, "off", False) else y, state
+
+    def decode():
+        return generate_batch(model, ids, max_new_tokens=NEW)
+
+    monkeypatch.setattr(type(mixer), "forward", switched)
+    whole = decode()
+    mixer.off = True
+    want = eagerly(monkeypatch, decode)
+    assert torch.equal(decode(), want) and not torch.equal(want, whole)
+    mixer.off = False
+    assert torch.equal(decode(), whole) and all(replays)
+    replays.clear()
+    calls = []
+    mixer.register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(decode(), whole)
+    assert len(calls) >= NEW and not any(replays)
+
+
 def test_graphs_are_captured_once(ids, monkeypatch):
     captured = []
     initialise = graph.StepGraph.__init__

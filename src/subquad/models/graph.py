@@ -41,7 +41,7 @@ def replay(model: Any, tokens: Tensor, cache: SubquadCache) -> Tensor | None:
     if len(states) < len(cache) or not shelf.fit:
         return None
     lease = cache.lease
-    if lease is None or not lease.graph.serves(tokens, states):
+    if lease is None or not _goes_on(lease.graph, model, tokens, states):
         lease = None if cache in shelf.stepwise else shelf.lend(model, tokens, states)
         if lease is None:
             shelf.stepwise.add(cache)
@@ -62,15 +62,23 @@ def _decodes(model: Any, tokens: Tensor, cache: SubquadCache) -> bool:
     return not cache.has_empty_rows and cache.batch_size == len(tokens)
 
 
+def _goes_on(graph: StepGraph, model: Any, tokens: Tensor, states: list[State]) -> bool:
+    """Whether a cache's graph serves on. Between two replayed tokens modules are not looked at."""
+    if not graph.serves(tokens, states):
+        return False
+    return graph.holds(states) or graph.shown == _shown(model)
+
+
 class StepGraph:
     """One token for each row of a batch, captured.
 
     Attributes:
         states: by layer, where the graph reads and writes them.
+        shown: what its modules were like when it was captured.
     """
 
     def __init__(self, model: Any, tokens: Tensor, states: list[State]) -> None:
-        self.settings = _settings(tokens)
+        self.settings, self.shown = _settings(tokens), _shown(model)
         self.weights = [(weakref.ref(p), p.data_ptr()) for p in model.parameters()]
         with torch.inference_mode(False), torch.no_grad():
             self.tokens = tokens.clone()
@@ -162,11 +170,14 @@ class _Shelf:
             return self._lend(model, tokens, states)
 
     def _lend(self, model: Any, tokens: Tensor, states: list[State]) -> Lease | None:
+        shown = _shown(model)
+        if shown is None:
+            return None
         parameters = {id(p) for p in model.parameters()}
         for graph in list(self.idle):
             if {id(w()) for w, _ in graph.weights} != parameters:
                 self.take(graph)  # of weights that were replaced
-            elif graph.serves(tokens, states) and self.take(graph):
+            elif graph.shown == shown and graph.serves(tokens, states) and self.take(graph):
                 return Lease(graph, self)
         if any(p.device != tokens.device for p in model.parameters()):
             return None
@@ -218,6 +229,36 @@ def _settings(tokens: Tensor) -> tuple[object, ...]:
     """What a captured step depends on beside weights and states."""
     autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
     return tokens.shape, tokens.dtype, tokens.device, autocast
+
+
+def _shown(model: Any) -> list[object] | None:
+    """What a step computes beside weights and states, as far as modules show it.
+
+    An adapter that is switched off, say, has its weights where they were. None where a module has
+    hooks: they run Python, which a replayed step would leave out. (The model's own run outside.)
+    """
+    modules = list(model.modules())
+    if any(m._forward_hooks or m._forward_pre_hooks for m in modules[1:]):
+        return None
+    return [_look(m) for m in modules]
+
+
+def _look(module: torch.nn.Module) -> tuple[object, ...]:
+    own = vars(module)
+    plain = repr([(n, x) for n, x in own.items() if n not in _OF_ANY_MODULE and _is_plain(x)])
+    buffers = [b.data_ptr() for b in module._buffers.values() if b is not None]
+    return id(module), type(module), id(own.get("forward")), plain, buffers
+
+
+_OF_ANY_MODULE = vars(torch.nn.Module()).keys() - {"training"}
+
+
+def _is_plain(x: object) -> bool:
+    if isinstance(x, dict):
+        x = [*x, *x.values()]
+    if isinstance(x, (tuple, list, set)):
+        return all(map(_is_plain, x))
+    return x is None or isinstance(x, (bool, int, float, str))
 
 
 def _shapes(states: list[State]) -> list[list[tuple[str, torch.Size, torch.dtype]]]:
