@@ -87,6 +87,10 @@ def test_a_token_of_each_row_may_lie_anywhere(interpreted, gate):
     assert interpreted[f"{gate} one token, time first"] == {"equal": True}
 
 
+def test_a_scale_of_next_to_nothing_spoils_no_gradient(interpreted):
+    assert interpreted["tiny scale"] == {"equal": True}
+
+
 def test_views_whose_heads_lie_too_far_apart_are_copied():
     """As of [B,H,T,K] with more than 2^31 elements."""
     import torch
@@ -127,6 +131,7 @@ def main() -> None:
         inputs = Case(gate, T=20).inputs("cpu").values()
         leaves = [None if x is None else x.requires_grad_() for x in inputs]
         torch.library.opcheck(matrix.scan_forward.op, (*leaves, None, 0.3))
+    found["tiny scale"] = {"equal": does_not_divide_by_scale(1e-42)}
     for gate in GATES:
         found[f"{gate} one token, time first"] = {"equal": does_not_mind_strides(gate)}
         if gate != "none":
@@ -136,6 +141,23 @@ def main() -> None:
         "outside": [str(ends) for ends in wrong_boundaries() if not stay_inside(*ends)],
     }
     print(json.dumps(found))
+
+
+def does_not_divide_by_scale(scale: float) -> bool:
+    """Whether what reaches the final state has the gradients that it has at any scale."""
+    import torch
+
+    from kernel_cases import Case
+    from subquad.kernels import matrix
+
+    def gradients(scale):
+        inputs = Case("[B,T,H]", T=33).inputs("cpu")
+        q, k, v, gate, _, state = inputs.values()
+        leaves = [x.requires_grad_() for x in (k, v, gate, state)]
+        o, final = matrix.linear_recurrence(q, k, v, gate, None, scale, state)
+        return torch.autograd.grad(o.sum() + final.square().sum(), leaves)
+
+    return all(map(torch.allclose, gradients(scale), gradients(0.0)))
 
 
 def does_not_mind_strides(gate: str) -> bool:
