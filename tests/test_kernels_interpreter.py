@@ -111,6 +111,20 @@ def test_reasons_to_decline():
     assert "CUDA" in matrix.supported(q, q, q)
 
 
+def test_the_kernels_are_named():
+    import torch
+
+    from subquad.kernels import matrix
+
+    q = torch.zeros(1, 70, 1, 128, dtype=torch.bfloat16)
+    v, gate = torch.zeros(1, 70, 4, 64, dtype=torch.bfloat16), torch.zeros(1, 70, 4)
+    told = matrix.describe(q, q, v, gate)
+    assert told.startswith("scan (decay per head): chunks of 32 tokens")
+    assert told.endswith("backward by chunks of 64 for heads that share keys")
+    assert "share" not in matrix.describe(q, q, v, gate, torch.zeros(4, 128))
+    assert "share" not in matrix.describe(q, q, v[:, :, :1], gate[:, :, :1])
+
+
 def main() -> None:
     import triton_interpreter  # noqa: F401, I001 - before anything that imports Triton
     import torch

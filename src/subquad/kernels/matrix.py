@@ -56,7 +56,7 @@ def supported(
 
 
 def describe(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, bonus: Tensor | None = None
 ) -> str:  # fmt: skip
     """One line for `explain`: the kernel, its tile sizes, and how the sequence is split."""
     batch, tokens, heads, width = v.shape
@@ -64,9 +64,11 @@ def describe(
     tiles = choose_tiles(q.shape[-1], width, v.dtype, gate, False)
     length = segment_length(batch, tokens, heads * blocks(width, tiles) * tiles.warps, v.device)
     pieces = f"segments of {length} tokens" if length < tokens else "one pass over the sequence"
+    shares = log_decay is not None and bonus is None and shared.takes(k, v, log_decay)
+    back = f"; backward by chunks of {shared.CHUNK} for heads that share keys" if shares else ""
     return (
         f"scan ({GATE_NAMES[gate]}): chunks of {tiles.chunk} tokens, {tiles.columns} value columns "
-        f"a program, {tiles.warps} warps, {tiles.stages} stages; {pieces}"
+        f"a program, {tiles.warps} warps, {tiles.stages} stages; {pieces}{back}"
     )
 
 

@@ -79,7 +79,7 @@ def _triton(call: Call, form: str, must: bool) -> Plan | None:
     if reason is None:
         gate = matrix.gate_kind(log_decay)
         chunk = matrix.choose_tiles(q.shape[-1], v.shape[-1], v.dtype, gate, False).chunk
-        return Plan("chunked", "triton", chunk, matrix.describe(q, k, v, log_decay))
+        return Plan("chunked", "triton", chunk, matrix.describe(q, k, v, log_decay, call.bonus))
     if must:
         raise fail("impl", "'triton'", f"'auto' or 'torch': {reason}", "use impl='auto'")
     return None
