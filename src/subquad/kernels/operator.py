@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import is_legacy_batchedtensor
+from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
@@ -38,7 +38,7 @@ class Operator:
         names = [argument.name for argument in self.op._opoverload._schema.arguments]
         self._launch = launch
         self._mutated = tuple(names.index(argument) for argument in mutates)
-        self._differentiable: Any = None
+        self._record: Callable[..., Any] | None = None
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -49,15 +49,13 @@ class Operator:
         recorded = False
         for x in args:
             if isinstance(x, Tensor):
-                # A fake or a wrapped one; one of the gradients of `is_grads_batched`; or one whose
-                # memory holds its negative, as of `z.conj().imag`: the dispatcher turns it round.
-                if type(x) not in _PLAIN or is_legacy_batchedtensor(x) or x.is_neg():
+                if type(x) not in _PLAIN or _is_odd(x):
                     return self.op(*args)
                 recorded = recorded or x.requires_grad
         if recorded and torch.is_grad_enabled():
-            if self._differentiable is None:
+            if self._record is None:
                 return self.op(*args)  # lets torch say that it has no derivative
-            return self._differentiable.apply(*args)
+            return self._record(*args)
         for place in self._mutated:
             if not args[place].is_inference():
                 increment_version(args[place])
@@ -92,7 +90,16 @@ class Operator:
         # With a `setup_context` of its own torch would look up `forward`'s signature in every call.
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         name = self.op._opoverload._schema.name.rpartition("::")[2]
-        self._differentiable = type(name, (torch.autograd.Function,), members)
+        function = type(name, (torch.autograd.Function,), members)
+        # Not `function.apply`, which looks first at what `__call__` has seen to.
+        self._record = super(torch.autograd.Function, function).apply
+
+
+def _is_odd(x: Tensor) -> bool:
+    """One of the gradients of `is_grads_batched`; one that outlived a transform of functorch; or
+    one whose memory holds its negative, as of `z.conj().imag`: the dispatcher turns it round.
+    """
+    return is_legacy_batchedtensor(x) or is_functorch_wrapped_tensor(x) or x.is_neg()
 
 
 def operator(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Operator]:

@@ -54,7 +54,8 @@ def linear_recurrence(
         scale: of the read; None means K**-0.5.
         state: [B,H,K,V] float32 (float64 for float64 inputs), [N,H,K,V] when packed. None: zeros.
         cu_seqlens: [N+1] int32 or int64, the boundaries 0 = c_0 < ... < c_N = T of N sequences laid
-            end to end in one row (B = 1). Each has its own state and none sees another.
+            end to end in one row (B = 1). Each has its own state and none sees another. Their
+            values are checked on the CPU only: on a GPU wrong ones give wrong numbers, unsaid.
         form: "recurrent" (token by token), "chunked", "parallel" (all pairs, quadratic; not for
             packed sequences) or "auto". All give the same result.
         impl: "reference" (the recurrent form in float64, the specification), "torch", "numba" (on
