@@ -89,6 +89,14 @@ def seeds(text: str) -> tuple[int, ...]:
     return tuple(int(seed) for seed in text.split(","))
 
 
+def steps(text: str) -> int:
+    """`3000`. ValueError likewise, and for none: an argument of 0 would be as good as left out."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("experiments", nargs="+", help="NAME, NAME:SIZE or NAME:SIZE@DEVICE")
@@ -98,7 +106,7 @@ def _arguments() -> argparse.Namespace:
         "--only", default="", help="run these rows, or rows at a width (mamba d=32), only"
     )
     parser.add_argument("--report", action="store_true", help="run nothing, report what is there")
-    parser.add_argument("--steps", type=int, help="instead of the recipe's; goes into the names")
+    parser.add_argument("--steps", type=steps, help="instead of the recipe's; goes into the names")
     parser.add_argument("--lrs", default=(), type=rates, help="likewise, with commas between")
     parser.add_argument("--seeds", default=(), type=seeds, help="with commas between")
     parser.add_argument("--jobs", type=int, default=0, help="processes that share the GPUs")

@@ -175,6 +175,7 @@ def test_what_cannot_be_run_is_refused_by_name(evidence, monkeypatch, tmp_path, 
         ("mqr", "got 'mqr'; expected one of selective_copying"),
         ("hippo:huge", "hippo has sizes"),
         ("mqar --lrs fast", "argument --lrs: invalid rates value: 'fast'"),
+        ("mqar --steps 0", "argument --steps: invalid steps value: '0'"),
         ("mqar --seeds 0,x", "argument --seeds: invalid seeds value: '0,x'"),
     ):
         out = ["--out", str(tmp_path)]
