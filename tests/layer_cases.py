@@ -178,10 +178,14 @@ def gated_norm(
     """heads: how many of them have a skip (0: none); dtype: of the result, if not x's."""
     torch.manual_seed(0)
     width = {None: 0, "shared": size, "own": shape[-1]}[weight]
+
+    def in_heads(x):
+        return x.unflatten(-1, (heads, -1)) if heads else x
+
     inputs = {
-        "x": _strided(*shape), "gate": _strided(*shape) if order else None,
+        "x": in_heads(_strided(*shape)), "gate": _strided(*shape) if order else None,
         "weight": torch.randn(width) if weight else None,
-        "values": _strided(*shape) if heads else None,
+        "values": in_heads(_strided(*shape)) if heads else None,
         "skip": torch.randn(heads) if heads else None,
     }  # fmt: skip
 
@@ -191,7 +195,7 @@ def gated_norm(
     def torch_form(x, gate, weight, values, skip):
         result = x.dtype if dtype is None or x.dtype == torch.float64 else dtype
         if values is not None:
-            x = x + values * skip.to(x.dtype).repeat_interleave(shape[-1] // heads)
+            x = (x + values * skip.to(x.dtype)[:, None]).flatten(-2)
         if order == "gate first":
             return (_plain(x * F.silu(gate), size, weight, eps) * 0.7,)
         y = _plain(x, size, None if weight is None else weight.to(x.dtype), eps) * 0.7

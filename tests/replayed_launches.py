@@ -72,10 +72,12 @@ def cases():
     yield conv.one_token, given((2, 1, 96), *filters, then=(True,))
     yield conv.one_token_, given((2, 1, 96), *filters, then=(False,))
     yield norm.norm, given(rows, rows, (96,), None, None, then=(96, True, 1e-5, 1.0, None))
-    yield norm.norm, given(rows, None, (48,), rows, (4,), then=(48, False, 1e-5, 2.0, BF16))
+    values = (*heads, 24)
+    yield norm.norm, given(values, None, (48,), values, (4,), then=(48, False, 1e-5, 2.0, BF16))
+    yield norm.norm_backward, given(rows, rows, None, None, None, None, then=(48, True, 1e-5, 1.0))
     yield (
         norm.norm_backward,
-        given(rows, rows, rows, (96,), rows, (4,), then=(96, True, 1e-5, 1.0)),
+        given(rows, values, rows, (96,), values, (4,), then=(96, True, 1e-5, 1.0)),
     )
     values = (*heads, 16)
     yield timestep.discretise, given(values, heads, (4,), (4,))
@@ -110,7 +112,7 @@ def tell(function, inputs):
     return [
         *map(told, inputs),  # first, so that they have the same numbers in each call
         *[(one.kernel, one.grid, *map(told, one.arguments)) for one in launched],
-        *map(told, results if isinstance(results, tuple) else (results,)),
+        *map(told, [results] if isinstance(results, Tensor) else results),
     ]
 
 

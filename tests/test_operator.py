@@ -117,6 +117,20 @@ def test_memory_that_holds_the_negative_goes_by_the_dispatcher(given, dispatched
     assert x.is_neg() and not seen and dispatched == ["scaled"]
 
 
+def test_what_outlives_a_transform_goes_by_the_dispatcher(given, dispatched):
+    outlived = []
+
+    def leak(x):
+        outlived.append(x)
+        return x.square().sum()
+
+    torch.func.grad(leak)(given[0].detach())
+    y = torch._C._functorch.get_unwrapped(outlived[0]) * 2
+    with torch.no_grad():
+        torch.testing.assert_close(scaled(outlived[0], None, 2.0), y)
+    assert dispatched == ["scaled"]
+
+
 def test_only_what_needs_a_gradient_gets_one(given):
     x, weight = given
     dx = torch.autograd.grad(scaled(x, weight.detach(), 2.0).square().sum(), x)[0]

@@ -37,27 +37,28 @@ def norm(
 ) -> Tensor:  # fmt: skip
     """x [..., D] over the root mean square of each `size` channels, times scale, weight and silu.
 
-    gate like x; weight [D] or [size]. With values like x and skip [H], a number for each D / H
-    channels, skip * values is added to x first. The result has `dtype`, or if that is None x's
+    gate [..., D]; weight [D] or [size]. With a skip [H], x and values are [..., H, P], H P = D, and
+    skip * values is added to x first. The result, [..., D], has `dtype`, or if that is None x's
     promoted with the gate's.
     """
     from .normalise import forward
 
-    tokens = x.numel() // x.shape[-1]
-    y = _result(x, gate, dtype)
-    options = _options(x.shape[-1], size, *_kind(gate, gate_first, weight, skip, size))
-    x, gate, values = rows(x), _rows(gate), _rows(values)
+    y = _result(x, gate, skip, dtype)
+    channels, axes = y.shape[-1], _axes(skip)
+    tokens = y.numel() // channels
+    options = _options(channels, size, *_kind(gate, gate_first, weight, skip, size))
+    (x, row), (gate, gate_row), (values, values_row) = rows(x, axes), _rows(gate), _rows(values, 2)
     launch_one(
         forward, (-(-tokens // options["BT"]) * options["G"],),
-        x, *_or(x, gate, weight, values, skip), y, tokens, x.stride(0), _stride(gate),
-        _stride(values), eps, scale, **options,
+        x, *_or(x, gate, _flat(weight), values, _flat(skip)), y, tokens, row, gate_row, values_row,
+        eps, scale, **options,
     )  # fmt: skip
     return y
 
 
 @norm.register_fake
 def _(x, gate, weight, values, skip, size, gate_first, eps, scale, dtype):
-    return _result(x, gate, dtype)
+    return _result(x, gate, skip, dtype)
 
 
 @operator("subquad::rms_norm_backward")
@@ -65,38 +66,41 @@ def _(x, gate, weight, values, skip, size, gate_first, eps, scale, dtype):
 def norm_backward(
     dy: Tensor, x: Tensor, gate: Tensor | None, weight: Tensor | None, values: Tensor | None,
     skip: Tensor | None, size: int, gate_first: bool, eps: float, scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, gate, weight, values and skip, each but the first empty where there is none.
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of x and of what is there of gate, weight, values and skip.
 
     Those that are sums over the tokens come from each program's share.
     """
     from .normalise import backward
 
-    tokens, channels = x.numel() // x.shape[-1], x.shape[-1]
-    dx, dgate, dweight, dvalues, dskip = _gradients_of(x, gate, weight, values, skip)
+    channels = dy.shape[-1]
+    tokens = dy.numel() // channels
+    dx, dgate, dvalues = (None if t is None else t.new_empty(t.shape) for t in (x, gate, values))
     options = _options(channels, size, *_kind(gate, gate_first, weight, skip, size))
-    dy, x, gate, values = rows(dy), rows(x), _rows(gate), _rows(values)
+    (dy, dy_row), (x, row) = rows(dy), rows(x, _axes(skip))
+    (gate, gate_row), (values, values_row) = _rows(gate), _rows(values, 2)
     pieces = -(-tokens // (options["BT"] * STEPS))
     parts, skip_parts = (
-        x.new_empty(pieces if given is not None else 0, channels, dtype=torch.float32)
+        None if given is None else x.new_empty(pieces, channels, dtype=torch.float32)
         for given in (weight, skip)
     )
     launch_one(
         backward, (pieces * options["G"],),
-        dy, x, *_or(x, gate, weight, values, skip), dx, dgate, dvalues, parts, skip_parts, tokens,
-        dy.stride(0), x.stride(0), _stride(gate), _stride(values), eps, scale, STEPS=STEPS,
-        **options,
+        dy, x, *_or(x, gate, _flat(weight), values, _flat(skip)), dx,
+        *_or(x, dgate, dvalues, parts, skip_parts), tokens, dy_row, row, gate_row, values_row, eps,
+        scale, STEPS=STEPS, **options,
     )  # fmt: skip
-    if weight is not None:
+    dweight = dskip = None
+    if weight is not None and parts is not None:
         dweight = parts.view(-1, weight.shape[0]).sum(0).to(weight.dtype)
-    if skip is not None:
+    if skip is not None and skip_parts is not None:
         dskip = skip_parts.sum(0).view(skip.shape[0], -1).sum(1).to(skip.dtype)
-    return dx, dgate, dweight, dvalues, dskip
+    return [g for g in (dx, dgate, dweight, dvalues, dskip) if g is not None]
 
 
 @norm_backward.register_fake
 def _(dy, x, gate, weight, values, skip, size, gate_first, eps, scale):
-    return _gradients_of(x, gate, weight, values, skip)
+    return [t.new_empty(t.shape) for t in (x, gate, weight, values, skip) if t is not None]
 
 
 def _save(ctx, inputs: tuple, output: Tensor) -> None:
@@ -107,21 +111,25 @@ def _save(ctx, inputs: tuple, output: Tensor) -> None:
 
 def _gradients(ctx, dy: Tensor) -> tuple:
     tensors = ctx.saved_tensors
-    found = norm_backward(dy, *tensors, *ctx.options)
-    return *(None if t is None else g for t, g in zip(tensors, found)), *[None] * 5
+    found = iter(norm_backward(dy, *tensors, *ctx.options))
+    return *(None if t is None else next(found) for t in tensors), *[None] * 5
 
 
 norm.register_autograd(_gradients, setup=_save)
 
 
-def _result(x: Tensor, gate: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+def _result(
+    x: Tensor, gate: Tensor | None, skip: Tensor | None, dtype: torch.dtype | None
+) -> Tensor:
     if dtype is None:
         dtype = x.dtype if gate is None else torch.promote_types(x.dtype, gate.dtype)
-    return x.new_empty(x.shape, dtype=dtype)
+    shape = x.shape if skip is None else (*x.shape[:-2], x.shape[-2] * x.shape[-1])
+    return x.new_empty(shape, dtype=dtype)
 
 
-def _gradients_of(x: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(0) if t is None else t.new_empty(t.shape) for t in (x, *others))
+def _axes(skip: Tensor | None) -> int:
+    """Of x, that hold a token's channels."""
+    return 1 if skip is None else 2
 
 
 def _kind(
@@ -144,18 +152,14 @@ def _options(channels: int, size: int, order: int, weight: int, heads: int) -> d
     }  # fmt: skip
 
 
-def _rows(x: Tensor | None) -> Tensor | None:
-    return None if x is None else rows(x)
+def _rows(x: Tensor | None, axes: int = 1) -> tuple[Tensor | None, int]:
+    return (None, 0) if x is None else rows(x, axes)
 
 
-def _stride(x: Tensor | None) -> int:
-    return 0 if x is None else x.stride(0)
+def _flat(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
-def _or(
-    absent: Tensor, gate: Tensor | None, weight: Tensor | None, values: Tensor | None,
-    skip: Tensor | None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _or(absent: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
     """Each tensor, or for None a valid pointer that the kernel never follows."""
-    weight, skip = (None if t is None else t.contiguous() for t in (weight, skip))
-    return tuple(absent if t is None else t for t in (gate, weight, values, skip))
+    return tuple(absent if t is None else t for t in tensors)

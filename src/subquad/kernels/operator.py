@@ -92,7 +92,7 @@ class Operator:
         name = self.op._opoverload._schema.name.rpartition("::")[2]
         function = type(name, (torch.autograd.Function,), members)
         # Not `function.apply`, which looks first at what `__call__` has seen to.
-        self._record = super(torch.autograd.Function, function).apply
+        self._record = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def _is_odd(x: Tensor) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -36,8 +37,8 @@ _ALLOCATIONS = {
 def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates a function of tensors and numbers that launches kernels by `launch`.
 
-    Its results are a tensor or a tuple of tensors. It also runs on its tensors' GPU, whichever is
-    the current one.
+    Its results are a tensor, or a tuple or list of tensors. It also runs on its tensors' GPU,
+    whichever is the current one.
     """
     # True: the next such call is to be recorded. False: what such calls do cannot be replayed.
     # Threads share it: an ordered dict forgets its oldest kind in one step, a plain one does not.
@@ -46,7 +47,7 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
     def run(args: tuple) -> Any:
         if torch._C._len_torch_dispatch_stack() > 0:  # somebody wants to see the operations
             return function(*args)
-        kind = (torch.is_autocast_enabled("cuda"), *map(_kind, args))
+        kind = _kind(args)
         script = scripts.get(kind)
         if isinstance(script, Script):
             return script.play(args)
@@ -61,7 +62,7 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def on_its_device(*args: Any) -> Any:
-        device = next((x.get_device() for x in args if isinstance(x, Tensor)), -1)
+        device = _device(args)
         if device < 0 or device == torch.cuda.current_device():
             return run(args)
         with torch.cuda.device(device):
@@ -82,10 +83,23 @@ def record(function: Callable[..., Any], args: tuple) -> tuple[Any, Script | boo
     return result, script.finish(result)
 
 
-def _kind(x: Any) -> tuple:
-    if isinstance(x, Tensor):
-        return x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % _ALIGNMENT
-    return type(x), x
+def _device(args: tuple) -> int:
+    """The index of the first tensor's GPU; -1 for none."""
+    for x in args:
+        if isinstance(x, Tensor):
+            return x.get_device()
+    return -1
+
+
+def _kind(args: tuple) -> tuple:
+    """All that a launching function may depend on. Flat, since each call makes and hashes one."""
+    kind: list[Any] = [torch.is_autocast_enabled("cuda")]
+    for x in args:
+        if isinstance(x, Tensor):
+            kind += x.shape, x.stride(), x.dtype, x.get_device(), x.data_ptr() % _ALIGNMENT
+        else:
+            kind += type(x), x
+    return tuple(kind)
 
 
 def _differ(args: tuple) -> bool:
@@ -103,15 +117,14 @@ class Script:
         self._alive: list[Any] = list(args)  # so that no id is given twice while it is written
         self._steps: list[Callable[[list], None]] = []
         self._results: list[int] = []
-        self._is_tuple = False
+        self._pack: Callable[[list], Any] = list
         self._complete = True
 
     def play(self, args: tuple) -> Any:
         values = list(args)
         for step in self._steps:
             step(values)
-        results = [values[number] for number in self._results]
-        return tuple(results) if self._is_tuple else results[0]
+        return self._pack([values[number] for number in self._results])
 
     def note_operation(self, call: Callable, args: tuple, kwargs: dict, out: Any) -> None:
         made = out if isinstance(out, (tuple, list)) else [out]
@@ -151,8 +164,8 @@ class Script:
         self._steps.append(lambda values: run(*fill(values)))
 
     def finish(self, result: Any) -> Script | bool:
-        self._is_tuple = isinstance(result, tuple)
-        results = result if self._is_tuple else (result,)
+        self._pack = itemgetter(0) if isinstance(result, Tensor) else type(result)
+        results = (result,) if isinstance(result, Tensor) else result
         if not self._complete or not self._knows(results):
             return False
         self._results = [self._numbers[id(x)] for x in results]

@@ -38,12 +38,13 @@ def discretise(
     from .discretise import forward
 
     v, log_decay = _results(x, dt)
-    flat, raw, sizes = None if x is None else rows(x.flatten(2)), rows(dt), _tiles(x, dt)
-    tokens = raw.shape[0]
+    (raw, raw_row), sizes = rows(dt), _tiles(x, dt)
+    flat, row = (raw, 0) if x is None else rows(x, 2)
+    tokens = dt.numel() // sizes["H"]
     launch_one(
         forward, (-(-tokens // sizes["BT"]) * sizes["H"],),
-        dt if flat is None else flat, raw, dt_bias.contiguous(), A_log.contiguous(), v, log_decay,
-        tokens, 0 if flat is None else flat.stride(0), raw.stride(0), VALUES=x is not None, **sizes,
+        flat, raw, dt_bias.contiguous(), A_log.contiguous(), v, log_decay,
+        tokens, row, raw_row, VALUES=x is not None, **sizes,
     )  # fmt: skip
     return v, log_decay
 
@@ -63,16 +64,16 @@ def discretise_backward(
 
     dx = dt.new_empty(0) if x is None else x.new_empty(x.shape)
     draw = dt.new_empty(dt.shape)
-    raw, sizes = rows(dt), _tiles(x, dt)
-    flat, dflat = (raw, raw) if x is None else (rows(x.flatten(2)), rows(dv.flatten(2)))
-    tokens, heads = raw.shape[0], sizes["H"]
+    (raw, raw_row), sizes = rows(dt), _tiles(x, dt)
+    (flat, row), (dv, dv_row) = ((raw, 0), (raw, 0)) if x is None else (rows(x, 2), rows(dv, 2))
+    heads = sizes["H"]
+    tokens = dt.numel() // heads
     pieces = -(-tokens // (sizes["BT"] * STEPS))
     parts = dt.new_empty(pieces, 2, heads, dtype=torch.float32)
     launch_one(
         backward, (pieces * heads,),
-        dflat, dlog_decay.contiguous(), flat, raw, dt_bias.contiguous(), A_log.contiguous(),
-        dx, draw, parts, tokens, dflat.stride(0), flat.stride(0), raw.stride(0), STEPS=STEPS,
-        VALUES=x is not None, **sizes,
+        dv, dlog_decay.contiguous(), flat, raw, dt_bias.contiguous(), A_log.contiguous(),
+        dx, draw, parts, tokens, dv_row, row, raw_row, STEPS=STEPS, VALUES=x is not None, **sizes,
     )  # fmt: skip
     dbias, drate = parts.sum(0)
     return dx, draw, dbias.to(dt_bias.dtype, copy=True), drate.to(A_log.dtype, copy=True)

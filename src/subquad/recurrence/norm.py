@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.recurrence.eager import can_call_compiled_code
-from subquad.recurrence.gpu import can_call_kernels
+from subquad.recurrence.eager import can_call_compiled_code, can_call_operators
 from subquad.recurrence.overrides import overridable
 from subquad.recurrence.validate import fail
 
@@ -38,7 +37,7 @@ def rms_norm(
     Raises:
         ValueError: for a size that does not divide D, or a weight of another length.
     """
-    if x.is_cuda and _has_kernel(size, x, weight):
+    if x.is_cuda and _has_kernel(size, x.shape, x, weight):
         return _on_gpu(x, size, weight, None, False, eps, 1.0, dtype)
     x = x if dtype is None else x.to(dtype)
     if _compiles(size, x, weight):
@@ -60,7 +59,7 @@ def gated_rms_norm(
     """
     if _compiles(size, x, weight, gate):
         return _compiled(x, size, weight, gate, gate_first, eps, 1.0)
-    if x.is_cuda and _has_kernel(size, x, weight, gate):
+    if x.is_cuda and _has_kernel(size, x.shape, x, weight, gate):
         return _on_gpu(x, size, weight, gate, gate_first, eps, 1.0)
     if gate_first:
         return _plain(x * F.silu(gate), size, weight, eps)
@@ -83,13 +82,11 @@ def skipped_gated_rms_norm(
     The others are `rms_norm`'s, over the H*P channels of all heads. Returns [..., H*P].
     """
     if y.is_cuda and y.shape == x.shape and skip.shape == y.shape[-2:-1]:
-        flat = y.flatten(-2)
-        if _has_kernel(size, flat, weight, gate, x, skip):
+        *tokens, heads, width = y.shape
+        if _has_kernel(size, (*tokens, heads * width), y, weight, gate, x, skip):
             from subquad.kernels import norm
 
-            out: Tensor = norm.norm(
-                flat, gate, weight, x.flatten(-2), skip, size, True, eps, 1.0, None
-            )
+            out: Tensor = norm.norm(y, gate, weight, x, skip, size, True, eps, 1.0, None)
             return out
     flat = torch.addcmul(y, x, skip[:, None].to(x.dtype)).flatten(-2)
     return gated_rms_norm(flat, gate, size, weight, eps, gate_first=True)
@@ -107,7 +104,7 @@ def l2_norm(x: Tensor, size: int, eps: float = 1e-6) -> Tensor:
     """
     if _compiles(size, x):
         return _compiled(x, size, None, None, False, eps / size, size**-0.5)
-    if x.is_cuda and _has_kernel(size, x):
+    if x.is_cuda and _has_kernel(size, x.shape, x):
         return _on_gpu(x, size, None, None, False, eps / size, size**-0.5)
     _check(x, size, None)
     x = x.unflatten(-1, (-1, size))
@@ -137,10 +134,12 @@ def _check(x: Tensor, size: int, weight: Tensor | None) -> None:
         raise fail("weight", f"shape {tuple(weight.shape)}", f"[{size}] or [{D}]", fix)
 
 
-def _fits(size: int, x: Tensor, weight: Tensor | None, gate: Tensor | None) -> bool:
+def _fits(
+    size: int, shape: tuple[int, ...], weight: Tensor | None, gate: Tensor | None
+) -> bool:  # fmt: skip
     """Whether kernels, which trust shapes, may be given these. PyTorch broadcasts a gate."""
-    D = x.shape[-1]
-    fits = size > 0 and D % size == 0 and (gate is None or gate.shape == x.shape)
+    D = shape[-1]
+    fits = size > 0 and D % size == 0 and (gate is None or gate.shape == shape)
     return fits and (weight is None or weight.shape in ((size,), (D,)))
 
 
@@ -148,7 +147,7 @@ def _compiles(
     size: int, x: Tensor, weight: Tensor | None = None, gate: Tensor | None = None
 ) -> bool:
     given = (t for t in (x, weight, gate) if t is not None)
-    return _fits(size, x, weight, gate) and can_call_compiled_code(given)
+    return _fits(size, x.shape, weight, gate) and can_call_compiled_code(given)
 
 
 def _compiled(
@@ -168,18 +167,19 @@ def _compiled(
 
 def _has_kernel(
     size: int,
+    shape: tuple[int, ...],
     x: Tensor,
     weight: Tensor | None = None,
     gate: Tensor | None = None,
     *others: Tensor,
 ) -> bool:
+    """shape: of the result."""
     from subquad.kernels import norm
 
-    given = (x, weight, gate, *others)
     return (
-        _fits(size, x, weight, gate)
-        and can_call_kernels(given)
-        and norm.supported(size, *given) is None
+        _fits(size, shape, weight, gate)
+        and can_call_operators()
+        and norm.supported(size, x, weight, gate, *others) is None
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.recurrence.gpu import can_call_kernels
+from subquad.recurrence.eager import can_call_operators
 
 
 def step_decay(dt: Tensor, dt_bias: Tensor, A_log: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def _has_kernel(x: Tensor | None, dt: Tensor, dt_bias: Tensor, A_log: Tensor) ->
     from subquad.kernels import timestep
 
     given = (x, dt, dt_bias, A_log)
-    return _fits(*given) and can_call_kernels(given) and timestep.supported(*given) is None
+    return _fits(*given) and can_call_operators() and timestep.supported(*given) is None
 
 
 def _fits(x: Tensor | None, dt: Tensor, dt_bias: Tensor, A_log: Tensor) -> bool:
