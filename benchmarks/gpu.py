@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import subprocess
 import sys
 import time
@@ -36,12 +35,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_peers import PEERS, lift_refusal, peers_of, shape_for, shorten_autotuning, version_of
 from torch import Tensor
 
 from subquad.kernels import matrix
-
-# fla would keep what it tuned on disk, also what was tuned beside other work.
-os.environ["FLA_CACHE_RESULTS"] = "0"
 
 SHAPES = {  # B, T, H, Hk, K, V
     "B8 T4096 H16 K128 V128": (8, 4096, 16, 16, 128, 128),
@@ -50,7 +47,8 @@ SHAPES = {  # B, T, H, Hk, K, V
     "B8 T4096 H16 K64 V64": (8, 4096, 16, 16, 64, 64),
     "B8 T4096 H16 K256 V256": (8, 4096, 16, 16, 256, 256),
 }
-PACKED = [1, 16, 128, 1024]  # sequences in 32,768 tokens
+PACKED = [1, 16, 128, 1024]  # sequences
+PACKED_SHAPE = (1, 32768, 16, 16, 128, 128)
 CROSSING = [2**power for power in range(10, 18)]  # tokens of a sequence
 GATES = ("none", "fixed", "head", "key")
 
@@ -84,75 +82,9 @@ def ours(
     return matrix.linear_recurrence(q, k, v, log_decay, cu_seqlens=cu_seqlens)[0]
 
 
-def fla(
-    gate: str, shape: tuple[int, ...], cu_seqlens: Tensor | None = None
-) -> Callable[..., Tensor]:
-    from fla.ops.gla import chunk_gla
-    from fla.ops.linear_attn import chunk_linear_attn
-    from fla.ops.retention import chunk_retention
-    from fla.ops.simple_gla import chunk_simple_gla
-
-    H, Hk = shape[2], shape[3]
-    ends = {} if cu_seqlens is None else {"cu_seqlens": cu_seqlens.long()}
-
-    def run(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None) -> Tensor:
-        if Hk != H:  # fla's gated chunks take one key head a head
-            q, k = (x.repeat_interleave(H // Hk, 2) for x in (q, k))
-        if gate == "none":
-            return chunk_linear_attn(q, k, v, normalize=False, **ends)[0]
-        if gate == "fixed":
-            return chunk_retention(q, k, v, **ends)[0]
-        return (chunk_simple_gla if gate == "head" else chunk_gla)(q, k, v, log_decay, **ends)[0]
-
-    return run
-
-
-def mamba_ssm(gate: str, shape: tuple[int, ...]) -> Callable[..., Tensor]:
-    """mamba_ssm's chunked scan: the gates are -dt and dt scales the values inside its kernels."""
-    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
-
-    A = -torch.ones(shape[2], device="cuda")
-
-    def run(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
-        return mamba_chunk_scan_combined(v, -log_decay, A, k, q, chunk_size=128)
-
-    return run
-
-
 def sdpa(q: Tensor, k: Tensor, v: Tensor, gate: None) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-
-
-PEERS = {"fla": fla, "fla_expanded": fla, "mamba_ssm": mamba_ssm}
-
-
-def peers_of(args: argparse.Namespace, gate: str, shape: tuple[int, ...]) -> list[str]:
-    """Those asked for that have such an operation."""
-    special = () if gate == "head" and shape[3] == 1 else ("mamba_ssm", "fla_expanded")
-    return [peer for peer in args.peers if peer not in special]
-
-
-def shape_for(peer: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    B, T, H, Hk, K, V = shape
-    return (B, T, H, H if peer == "fla_expanded" else Hk, K, V)
-
-
-def lift_refusal() -> None:
-    import fla.ops.common.chunk_o as chunk_o
-
-    chunk_o.TRITON_ABOVE_3_7_1 = True
-
-
-def shorten_autotuning() -> None:
-    import triton.testing
-
-    bench = triton.testing.do_bench
-
-    def brief(fn, warmup=5, rep=15, **options):
-        return bench(fn, warmup=warmup, rep=rep, **options)
-
-    triton.testing.do_bench = brief
 
 
 def describe_run(peers: list[str]) -> dict[str, Any]:
@@ -167,13 +99,6 @@ def describe_run(peers: list[str]) -> dict[str, Any]:
             **{peer: version_of(peer) for peer in peers if peer != "fla_expanded"},
         },
     }
-
-
-def version_of(peer: str) -> str:
-    try:
-        return getattr(__import__(peer), "__version__", "unknown")
-    except ImportError as error:  # it is told again where the peer would be measured
-        return f"{error}"
 
 
 def copy_rate() -> float:
@@ -298,7 +223,7 @@ def against_peers(args: argparse.Namespace, rate: float) -> Iterator[dict]:
             "ours", lambda: ours, *given
         )
         print(name, gate, "ours", row["ours"], flush=True)
-        for peer in peers_of(args, gate, shape):
+        for peer in peers_of(args.peers, gate, shape):
             fitted = shape_for(peer, shape)
             theirs = given if fitted == shape else inputs(fitted, gate)
             row |= measured(peer, partial(PEERS[peer], gate, fitted), *theirs)
@@ -323,24 +248,36 @@ def a_process_each(args: argparse.Namespace) -> None:
 
 def compile_side_by_side(args: argparse.Namespace) -> None:
     """Fill Triton's cache with all that the peers' tuning tries, an operation a process."""
-    children = []
-    for number, name, gate in rows(args):
-        for peer in peers_of(args, gate, SHAPES[name]):
-            what = ["--shapes", str(number), "--gates", gate, "--peers", peer, "--compile-only"]
-            lift = ["--lift-refusal"] * args.lift_refusal
-            children.append(subprocess.Popen([sys.executable, __file__, *what, *lift]))
+    if args.packed:
+        chosen = [(["--packed"], gate, args.peers) for gate in args.gates]
+    else:
+        chosen = [
+            (["--shapes", str(number)], gate, peers_of(args.peers, gate, SHAPES[name]))
+            for number, name, gate in rows(args)
+        ]
+    rest = ["--compile-only", *["--lift-refusal"] * args.lift_refusal]
     began = time.perf_counter()
+    children = []
+    for work, gate, peers in chosen:
+        for peer in peers:
+            what = [*work, "--gates", gate, "--peers", peer, *rest]
+            children.append(subprocess.Popen([sys.executable, __file__, *what]))
     for child in children:
         child.wait()  # one that failed is told of when it is measured
     print(f"compiled side by side in {time.perf_counter() - began:.0f} s", flush=True)
 
 
 def compile_peers(args: argparse.Namespace) -> None:
-    for _, name, gate in rows(args):
+    if args.packed:
+        chosen = [(PACKED_SHAPE, gate, [drawn_ends(PACKED[1])]) for gate in args.gates]
+    else:
+        chosen = [(SHAPES[name], gate, []) for _, name, gate in rows(args)]
+    for shape, gate, ends in chosen:
         for peer in args.peers:
-            shape = shape_for(peer, SHAPES[name])
-            tensors, log_decay = inputs(shape, gate)
-            call_both(PEERS[peer](gate, shape), tensors, log_decay, torch.randn_like(tensors[2]))
+            fitted = shape_for(peer, shape)
+            tensors, log_decay = inputs(fitted, gate)
+            do = torch.randn_like(tensors[2])
+            call_both(PEERS[peer](gate, fitted, *ends), tensors, log_decay, do)
 
 
 def crossing(lengths: list[int]) -> Iterator[dict]:
@@ -357,23 +294,26 @@ def crossing(lengths: list[int]) -> Iterator[dict]:
 
 
 def packed(args: argparse.Namespace) -> Iterator[dict]:
-    tokens = 32768
     for sequences in PACKED:
-        draw = torch.Generator().manual_seed(sequences)
-        cuts = torch.randperm(tokens - 1, generator=draw)[: sequences - 1].sort().values + 1
-        ends = torch.tensor([0, *cuts.tolist(), tokens], dtype=torch.int32, device="cuda")
+        ends = drawn_ends(sequences)
+        equal = (sequences, PACKED_SHAPE[1] // sequences, *PACKED_SHAPE[2:])
         for gate in args.gates:
-            shape = (1, tokens, 16, 16, 128, 128)
-            equal = (sequences, tokens // sequences, *shape[2:])
+            given = inputs(PACKED_SHAPE, gate)
             row = {"sequences": sequences, "gate": gate}
-            row |= measured("ours", partial(partial, ours, cu_seqlens=ends), *inputs(shape, gate))
+            row |= measured("ours", partial(partial, ours, cu_seqlens=ends), *given)
             row |= measured("equal", lambda: ours, *inputs(equal, gate))
             for peer in args.peers:
-                of_peer = partial(PEERS[peer], gate, shape, ends)
-                row |= measured(peer, of_peer, *inputs(shape, gate))
+                row |= measured(peer, partial(PEERS[peer], gate, PACKED_SHAPE, ends), *given)
             times = {n: r.get("both_ms") for n, r in row.items() if isinstance(r, dict)}
             print(sequences, gate, times, flush=True)
             yield row
+
+
+def drawn_ends(sequences: int) -> Tensor:
+    tokens = PACKED_SHAPE[1]
+    draw = torch.Generator().manual_seed(sequences)
+    cuts = torch.randperm(tokens - 1, generator=draw)[: sequences - 1].sort().values + 1
+    return torch.tensor([0, *cuts.tolist(), tokens], dtype=torch.int32, device="cuda")
 
 
 def measured(name: str, find: Callable[[], Callable], tensors: list, gate: Tensor | None) -> dict:
