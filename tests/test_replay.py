@@ -90,6 +90,40 @@ def test_the_third_call_of_a_kind_is_replayed(work):
     assert work.kernel.grids[0] == (6,) and work.kernel.grids[-1] == (6, 1, 1)
 
 
+def test_a_list_of_results_stays_one():
+    both = replayed(lambda x: [x + 1, x.new_zeros(2)])
+    for _ in range(3):
+        found = both(torch.ones(3))
+        assert type(found) is list and found[0].tolist() == [2, 2, 2] and not found[1].any()
+
+
+aten = torch.ops.aten
+BOUND = {  # arguments, and keywords, as a dispatch mode tells them
+    aten.view.default: [(([2, -1],), {})],
+    aten.t.default: [((), {})],
+    aten.select.int: [((1, 2), {})],
+    aten.unbind.int: [((), {}), ((1,), {})],
+    aten.sum.dim_IntList: [(([0],), {}), (([1], True), {}), (([0],), {"dtype": torch.float64})],
+    aten.copy_.default: [((torch.ones(6, 4),), {})],
+    aten._to_copy.default: [((), {"dtype": torch.bfloat16}), ((), {"dtype": torch.float32})],
+}
+
+
+def test_bindings_are_the_operations_that_they_stand_for():
+    class Told(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            told.append((func, args[1:], kwargs))
+            return func(*args, **(kwargs or {}))
+
+    assert BOUND.keys() == replay._BINDINGS.keys()
+    for operation, calls in BOUND.items():
+        for args, options in calls:
+            told, x = [], torch.randn(6, 4)
+            with Told():
+                replay._BINDINGS[operation](x, *args, **options)
+            assert told == [(operation, args, options)]
+
+
 @pytest.mark.parametrize(
     "other",
     [

@@ -90,14 +90,14 @@ def linear_recurrence(
     """
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+    if not q.dtype == k.dtype == v.dtype:
+        dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if abs(scale) < 1e-18:  # the backward kernels divide by it, in float32
         o, final = linear_recurrence(q, k, v, log_decay, bonus, 1.0, state, cu_seqlens)
         return o * scale, final
     state = None if state is None else state.float()
-    o, final, _ = scan_forward(
-        q.to(dtype), k.to(dtype), v.to(dtype), log_decay, bonus, state, cu_seqlens, float(scale)
-    )
+    o, final, _ = scan_forward(q, k, v, log_decay, bonus, state, cu_seqlens, float(scale))
     return o, final
 
 

@@ -80,10 +80,12 @@ def norm_backward(
     (dy, dy_row), (x, row) = rows(dy), rows(x, _axes(skip))
     (gate, gate_row), (values, values_row) = _rows(gate), _rows(values, 2)
     pieces = -(-tokens // (options["BT"] * STEPS))
-    parts, skip_parts = (
-        None if given is None else x.new_empty(pieces, channels, dtype=torch.float32)
-        for given in (weight, skip)
-    )
+    parts = skip_parts = None
+    if weight is not None:
+        shares = pieces * channels // weight.shape[0]
+        parts = x.new_empty(shares, weight.shape[0], dtype=torch.float32)
+    if skip is not None:
+        skip_parts = x.new_empty(pieces, *x.shape[-2:], dtype=torch.float32)
     launch_one(
         backward, (pieces * options["G"],),
         dy, x, *_or(x, gate, _flat(weight), values, _flat(skip)), dx,
@@ -92,9 +94,9 @@ def norm_backward(
     )  # fmt: skip
     dweight = dskip = None
     if weight is not None and parts is not None:
-        dweight = parts.view(-1, weight.shape[0]).sum(0).to(weight.dtype)
+        dweight = parts.sum(0).to(weight.dtype)
     if skip is not None and skip_parts is not None:
-        dskip = skip_parts.sum(0).view(skip.shape[0], -1).sum(1).to(skip.dtype)
+        dskip = skip_parts.sum(0).sum(1).to(skip.dtype)
     return [g for g in (dx, dgate, dweight, dvalues, dskip) if g is not None]
 
 

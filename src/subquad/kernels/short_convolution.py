@@ -63,8 +63,8 @@ def _(x, weight, bias, state, cu_seqlens, silu):
 def convolve_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor | None,
     cu_seqlens: Tensor | None, silu: bool, with_state: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, weight, bias (also without one) and state (empty unless with_state)."""
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of x, weight and of what is there of bias and, with_state, state."""
     from .convolve import backward, backward_state
 
     (batch, tokens, channels), taps = x.shape, weight.shape[1]
@@ -84,8 +84,8 @@ def convolve_backward(
         _stride(dy), _stride(x), AT_ONCE=AT_ONCE, BIAS=bias is not None,
         STATE=state is not None, SILU=silu, KEEP=dz is not dy, num_warps=WARPS, **shared,
     )  # fmt: skip
-    dstate = x.new_empty(0)
-    if with_state:
+    dbias = dstate = None
+    if with_state and state is not None:
         dstate = torch.empty(state.shape, device=x.device, dtype=state.dtype)
         launch_one(
             backward_state, (state.shape[0] * blocks,),
@@ -93,14 +93,15 @@ def convolve_backward(
         )  # fmt: skip
     sums = parts.sum(0)  # [taps, then the bias; channels]
     dweight = torch.empty_like(weight).copy_(sums[:taps].t())
-    return dx, dweight, sums[taps].to(weight.dtype if bias is None else bias.dtype), dstate
+    if bias is not None:
+        dbias = sums[taps].to(bias.dtype)
+    return [g for g in (dx, dweight, dbias, dstate) if g is not None]
 
 
 @convolve_backward.register_fake
 def _(dy, x, weight, bias, state, cu_seqlens, silu, with_state):
-    dbias = (weight if bias is None else bias).new_empty(weight.shape[0])
-    dstate = state.new_empty(state.shape) if with_state else x.new_empty(0)
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), dbias, dstate
+    found = (x, weight, bias, state if with_state else None)
+    return [t.new_empty(t.shape) for t in found if t is not None]
 
 
 def _save(ctx, inputs: tuple, output: Tensor) -> None:
@@ -111,12 +112,11 @@ def _save(ctx, inputs: tuple, output: Tensor) -> None:
 def _gradients(ctx, dy: Tensor) -> tuple:
     x, weight, bias, state, cu_seqlens = ctx.saved_tensors
     with_state = state is not None and ctx.needs_input_grad[3]
-    dx, dweight, dbias, dstate = convolve_backward(
-        dy, x, weight, bias, state, cu_seqlens, ctx.silu, with_state
-    )
-    return (
-        dx, dweight, None if bias is None else dbias, dstate if with_state else None, None, None,
+    found = iter(
+        convolve_backward(dy, x, weight, bias, state, cu_seqlens, ctx.silu, with_state)
     )  # fmt: skip
+    wanted = (x, weight, bias, state if with_state else None)
+    return *(None if t is None else next(found) for t in wanted), None, None
 
 
 convolve.register_autograd(_gradients, setup=_save)

@@ -12,7 +12,7 @@ from torch import Tensor
 from subquad.kernels.operator import operator
 from subquad.recurrence.derivatives import recorded_gradients, will_be_differentiated
 from subquad.recurrence.eager import can_call_compiled_code, can_call_operators
-from subquad.recurrence.gpu import can_call_kernels, may_overwrite, records_gradient
+from subquad.recurrence.gpu import may_overwrite, records_gradient
 from subquad.recurrence.overrides import overridable
 from subquad.recurrence.validate import check_cu_seqlens, check_shape, check_tensor, choose, fail
 
@@ -50,7 +50,7 @@ def short_convolution(
         ValueError: naming the argument that does not fit, and the fix.
     """
     N = _check(x, weight, bias, activation, state, cu_seqlens)
-    if x.is_cuda and can_call_kernels((x, weight, bias, state)):
+    if x.is_cuda and can_call_operators():
         from subquad.kernels import short_convolution as kernels
 
         if kernels.supported(x, weight, bias, state) is None:
@@ -93,9 +93,10 @@ def _on_gpu(
         return y, new
     y = kernels.convolve(x, weight, bias, state, cu_seqlens, silu)
     keep = weight.shape[1] - 1
+    if cu_seqlens is None and x.shape[1] >= keep:
+        return y, _last(x, keep)
     if state is None:
-        needed = cu_seqlens is not None or x.shape[1] < keep  # else x alone makes the next one
-        state = x.new_zeros(N if needed else 0, keep, x.shape[2])
+        state = x.new_zeros(N, keep, x.shape[2])
     return y, _next_state(x, state, cu_seqlens)
 
 
@@ -174,7 +175,7 @@ def _next_state(x: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     keep = state.shape[1]
     if cu_seqlens is None:
         if x.shape[1] >= keep:
-            return x[:, x.shape[1] - keep :].clone()  # a view would keep all of x alive
+            return _last(x, keep)
         return torch.cat([state, x], 1)[:, -keep:] if keep else state
     ends, starts = cu_seqlens[1:, None], cu_seqlens[:-1, None]
     position = ends - keep + _arange(keep, cu_seqlens)  # [N,W-1]
@@ -183,6 +184,11 @@ def _next_state(x: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     row = torch.where(inside, 0, position - starts + keep)  # of the old state
     old = state.gather(1, row[:, :, None].expand(-1, -1, x.shape[2]))
     return torch.where(inside[:, :, None], new, old)
+
+
+def _last(x: Tensor, keep: int) -> Tensor:
+    """x's last tokens. A copy: a view would keep all of x alive."""
+    return x[:, x.shape[1] - keep :].clone()
 
 
 @operator("subquad::short_convolution")

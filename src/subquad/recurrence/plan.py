@@ -6,7 +6,9 @@ shapes, dtypes, devices and autograd's state are looked at, never values.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from subquad.recurrence import compiled
 from subquad.recurrence.call import Call
@@ -22,12 +24,16 @@ CHUNK = 64  # on the CPU neither 32 nor 128 is better for all decays, at heads o
 
 @dataclass(frozen=True)
 class Plan:
-    """`chunk`: how many tokens meet at once."""
+    """`chunk`: how many tokens meet at once. `reason`: a text, or what makes it when asked."""
 
     form: str
     impl: str
     chunk: int
-    why: str
+    reason: str | Callable[[], str]
+
+    @property
+    def why(self) -> str:
+        return self.reason if isinstance(self.reason, str) else self.reason()
 
 
 def make_plan(call: Call, form: str, impl: str) -> Plan:
@@ -62,7 +68,7 @@ def _triton(call: Call, form: str, must: bool) -> Plan | None:
         erased = [x for x in parts(call.erase) if x is not None]
         given = (v, k, log_decay, *erased, call.bonus, call.state)
         if matrix_step.supported(q, *given) is None:
-            why = matrix_step.describe(q, v, log_decay, len(erased))
+            why = partial(matrix_step.describe, q, v, log_decay, len(erased))
             return Plan("recurrent", "triton", 1, why)
     if not must and form not in ("auto", "chunked"):
         return None
@@ -79,7 +85,8 @@ def _triton(call: Call, form: str, must: bool) -> Plan | None:
     if reason is None:
         gate = matrix.gate_kind(log_decay)
         chunk = matrix.choose_tiles(q.shape[-1], v.shape[-1], v.dtype, gate, False).chunk
-        return Plan("chunked", "triton", chunk, matrix.describe(q, k, v, log_decay, call.bonus))
+        why = partial(matrix.describe, q, k, v, log_decay, call.bonus)
+        return Plan("chunked", "triton", chunk, why)
     if must:
         raise fail("impl", "'triton'", f"'auto' or 'torch': {reason}", "use impl='auto'")
     return None
