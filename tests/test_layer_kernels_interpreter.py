@@ -128,6 +128,7 @@ def main() -> None:
         found[name] = layer_cases.errors(work.results(work.ours, "cpu", dtype), truth)
     check()
     check_far_rows()
+    check_wrong_boundaries()
     print(json.dumps(found))
 
 
@@ -153,6 +154,28 @@ def check() -> None:
         inputs = layer_cases.gated_norm(heads=heads).inputs.values()
         inputs = [None if x is None else x.requires_grad_() for x in inputs]
         torch.library.opcheck(norm.norm.op, (*inputs, 20, True, 1e-5, 1.0, None))
+
+
+def check_wrong_boundaries() -> None:
+    """Raise where wrong boundaries, which no one looked at, lead the convolution out of a tensor."""
+    import torch
+
+    from subquad.kernels import short_convolution
+
+    def fenced(*shape: int) -> torch.Tensor:
+        """Zeros between numbers that are none."""
+        size = torch.Size(shape).numel()
+        fence = torch.full([1000], torch.nan)
+        return torch.cat([fence, torch.zeros(size), fence])[1000:-1000].view(shape)
+
+    T, D, W = 20, 3, 4
+    x, weight, state = fenced(1, T, D), torch.ones(D, W), fenced(2, W - 1, D)
+    for ends in ([5, 9, T], [0, 25, 30], [0, -3, T], [-50, 900, T]):
+        bounds = torch.tensor(ends, dtype=torch.int32)
+        y = short_convolution.convolve(x, weight, None, state, bounds, False)
+        given = x, x, weight, None, state, bounds, False, True
+        for found in (y, *short_convolution.convolve_backward(*given)):
+            assert not found.any(), (ends, found)
 
 
 def check_far_rows() -> None:

@@ -37,6 +37,7 @@ def inputs(rows, T, D, N, bounds, device="cpu"):
     S = len(bounds) - 1 if bounds else rows
     shapes = [(rows, T, N), (rows, T, N), (D,), (S, D, N)]
     tensors = [torch.randn(rows, T, D), dt, A, *(torch.randn(shape) for shape in shapes)]
+    tensors = [t.mT.contiguous().mT if t.ndim == 3 else t for t in tensors]  # channels lie apart
     # Every other number, as a view: nobody promised that the bounds lie side by side.
     cu_seqlens = torch.tensor(bounds, device=device).repeat_interleave(2)[::2] if bounds else None
     return [t.to(device) for t in tensors], cu_seqlens
@@ -80,6 +81,31 @@ def test_equal_to_the_scan_in_the_interpreter(interpreted, name):
     assert {n: e for n, e in interpreted[name].items() if not e <= 1e-5} == {}
 
 
+def test_wrong_boundaries_reach_nothing_outside(interpreted):
+    assert interpreted["outside"] == []
+
+
+def are_held_inside(ends: list[int], tokens: int) -> bool:
+    """Whether a kernel finds every sequence inside the tokens that there are."""
+    import triton
+
+    from subquad.kernels.diagonal_scan import locate
+
+    bounds = torch.tensor(ends)
+    found = torch.empty(len(ends) - 1, 2, dtype=torch.int64)
+
+    @triton.jit
+    def tell(found, bounds, tokens, locate: triton.language.constexpr):
+        s = triton.language.program_id(0)
+        begin, length = locate(bounds, s, tokens, True)
+        triton.language.store(found + 2 * s, begin)
+        triton.language.store(found + 2 * s + 1, length)
+
+    tell[(len(found),)](found, bounds, tokens, locate)
+    begin, length = found.unbind(1)
+    return bool(((begin >= 0) & (length >= 0) & (begin + length <= tokens)).all())
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", GPU_CASES)
 def test_equal_to_the_scan_on_a_gpu(name):
@@ -110,7 +136,10 @@ def main() -> None:
 
     # One program for all channels of a sequence, which adds to its share block by block.
     selective_scan_gpu._FEWEST_SHARES = selective_scan_gpu._PROGRAMS = 1
-    print(json.dumps({name: errors(case) for name, case in CASES.items()}))
+    found = {name: errors(case) for name, case in CASES.items()}
+    wrong = [0, 50, -3, 38], [-7, 38], [9, 4, 30], [40, 50, 2**40, -(2**40), 38]
+    found["outside"] = [str(ends) for ends in wrong if not are_held_inside(ends, 38)]
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def within(past, t, tokens, state, sequence, cu_seqlens, d, D: tl.constexpr, W: 
            STATE: tl.constexpr):  # fmt: skip
     """Of packed sequences: `past` as token t's own sequence has it, and t's place in that."""
     own = tl.load(sequence + t, mask=t < tokens, other=0).to(tl.int64)
-    behind = t - tl.load(cu_seqlens + own).to(tl.int32)
+    behind = tl.maximum(t - tl.load(cu_seqlens + own).to(tl.int32), 0)  # if bounds are wrong, too
     seen = ()
     for s in tl.static_range(1, W):
         before = tl.zeros_like(past[s - 1])
@@ -245,9 +245,9 @@ def backward_state(
     BLOCKS: tl.constexpr = (D + BD - 1) // BD
     d = (pid % BLOCKS) * BD + tl.arange(0, BD)
     own = (pid // BLOCKS).to(tl.int64)
-    if PACKED:
-        begin = tl.load(cu_seqlens + own).to(tl.int64)
-        length = tl.load(cu_seqlens + own + 1) - begin
+    if PACKED:  # wrong bounds give wrong numbers, but reach nothing outside of dz
+        begin = tl.maximum(tl.load(cu_seqlens + own).to(tl.int64), 0)
+        length = tl.minimum(tl.load(cu_seqlens + own + 1), tokens) - begin
     else:
         begin = own * tokens
         length = tokens

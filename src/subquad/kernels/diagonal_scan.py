@@ -30,10 +30,15 @@ def join(decay, write, later_decay, later_write):
 
 @triton.jit
 def locate(bounds, s, tokens, PACKED: tl.constexpr):
-    """The first token of sequence s, and how many it has."""
+    """The first token of sequence s, and how many it has.
+
+    Bounds are held inside the tokens there are, as no one has looked at them: wrong ones give wrong
+    numbers, but no access outside of a tensor.
+    """
     if PACKED:
-        begin = tl.load(bounds + s).to(tl.int64)
-        return begin, (tl.load(bounds + s + 1).to(tl.int64) - begin).to(tl.int32)
+        begin = tl.minimum(tl.maximum(tl.load(bounds + s).to(tl.int64), 0), tokens)
+        end = tl.minimum(tl.load(bounds + s + 1).to(tl.int64), tokens)
+        return begin, tl.maximum(end - begin, 0).to(tl.int32)
     return s.to(tl.int64) * tokens, tokens
 
 

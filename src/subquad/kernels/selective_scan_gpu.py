@@ -86,7 +86,7 @@ def backward(
     blocks = -(-sizes["D"] // sizes["BD"])
     each = -(-blocks // max(_FEWEST_SHARES, _PROGRAMS // S))
     parts = -(-blocks // each)
-    dx, ddt, dstate = torch.empty_like(x), torch.empty_like(dt), torch.empty_like(state)
+    dx, ddt, dstate = torch.empty_like(x), torch.empty_like(dt), torch.empty_like(dlast)
     dA = A.new_empty(S, *A.shape)
     dB, dC = (x.new_empty(parts, *B.shape) for _ in range(2))
     launch_one(
