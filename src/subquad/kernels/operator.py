@@ -49,7 +49,12 @@ class Operator:
         recorded = False
         for x in args:
             if isinstance(x, Tensor):
-                if type(x) not in _PLAIN or _is_odd(x):
+                # A fake or a wrapped one, perhaps one that outlived a transform of functorch.
+                if type(x) not in _PLAIN or is_functorch_wrapped_tensor(x):
+                    return self.op(*args)
+                # One of the gradients of `is_grads_batched`; or one whose memory holds its
+                # negative, as of `z.conj().imag`: the dispatcher turns it round.
+                if is_legacy_batchedtensor(x) or x.is_neg():
                     return self.op(*args)
                 recorded = recorded or x.requires_grad
         if recorded and torch.is_grad_enabled():
@@ -93,13 +98,6 @@ class Operator:
         function = type(name, (torch.autograd.Function,), members)
         # Not `function.apply`, which looks first at what `__call__` has seen to.
         self._record = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-
-
-def _is_odd(x: Tensor) -> bool:
-    """One of the gradients of `is_grads_batched`; one that outlived a transform of functorch; or
-    one whose memory holds its negative, as of `z.conj().imag`: the dispatcher turns it round.
-    """
-    return is_legacy_batchedtensor(x) or is_functorch_wrapped_tensor(x) or x.is_neg()
 
 
 def operator(name: str, mutates: Iterable[str] = ()) -> Callable[[Callable[..., Any]], Operator]:

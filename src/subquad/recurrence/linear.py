@@ -29,7 +29,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         [..., N].
     """
     given = (x, weight) if bias is None else (x, weight, bias)
-    worth = weight.numel() >= _WORTH and _is_one_row(x, weight, bias)
+    worth = x.is_cpu and weight.numel() >= _WORTH and _is_one_row(x, weight, bias)
     if worth and not torch.is_autocast_enabled("cpu") and can_call_compiled_code(given):
         from subquad.kernels import linear_cpu  # compiles, and imports numba, when first used
 
