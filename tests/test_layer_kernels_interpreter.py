@@ -157,7 +157,7 @@ def check() -> None:
 
 
 def check_wrong_boundaries() -> None:
-    """Raise where wrong boundaries, which no one looked at, lead the convolution out of a tensor."""
+    """Raise where wrong boundaries, which no one looked at, lead the convolution astray."""
     import torch
 
     from subquad.kernels import short_convolution

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from subquad.recurrence.convolution import _convolve_cpu, short_convolution
+from subquad.recurrence.convolution import _convolve_cpu, _next_state, short_convolution
 
 SHAPES = [
     (1, 1, 5, 4),
@@ -92,6 +92,17 @@ def test_any_cut_gives_the_same(data):
         pieces.append(y)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-5, atol=1e-5)
     assert torch.equal(state, last)
+
+
+def test_bounds_that_nobody_reads_lead_the_next_state_nowhere():
+    """As on a GPU, where a wrong index ends the process. An empty sequence keeps its state."""
+    x, state = torch.randn(1, 6, 4), torch.randn(3, 2, 4)
+    for ends in ([0, 5, 6, 6], [0, 6, 6, 6], [0, 0, 1, 6]):
+        new = _next_state(x, state, torch.tensor(ends))
+        for s, (begin, end) in enumerate(pairwise(ends)):
+            assert torch.equal(new[s], torch.cat([state[s], x[0, begin:end]])[-2:])
+    for ends in ([4, -9, 90, 2], [-5, 0, 0, 50]):
+        assert _next_state(x, state, torch.tensor(ends)).shape == state.shape
 
 
 def test_half_of_a_wider_projection_needs_no_copy():

@@ -180,8 +180,9 @@ def _next_state(x: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     ends, starts = cu_seqlens[1:, None], cu_seqlens[:-1, None]
     position = ends - keep + _arange(keep, cu_seqlens)  # [N,W-1]
     inside = position >= starts
-    new = x[0, torch.where(inside, position, starts)]  # [N,W-1,D]
-    row = torch.where(inside, 0, position - starts + keep)  # of the old state
+    # Held inside also where no one reads bounds: an empty last sequence begins behind all tokens.
+    new = x[0, position.clamp(0, x.shape[1] - 1)]  # [N,W-1,D]
+    row = (position - starts + keep).clamp(0, keep - 1)  # of the old state
     old = state.gather(1, row[:, :, None].expand(-1, -1, x.shape[2]))
     return torch.where(inside[:, :, None], new, old)
 
