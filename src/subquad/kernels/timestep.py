@@ -58,8 +58,8 @@ def _(x, dt, dt_bias, A_log):
 @replayed
 def discretise_backward(
     dv: Tensor, dlog_decay: Tensor, x: Tensor | None, dt: Tensor, dt_bias: Tensor, A_log: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x (empty without), dt, dt_bias, A_log."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x (empty without), dt, and both dt_bias and A_log, [2,H] float32."""
     from .discretise import backward
 
     dx = dt.new_empty(0) if x is None else x.new_empty(x.shape)
@@ -75,14 +75,13 @@ def discretise_backward(
         dv, dlog_decay.contiguous(), flat, raw, dt_bias.contiguous(), A_log.contiguous(),
         dx, draw, parts, tokens, dv_row, row, raw_row, STEPS=STEPS, VALUES=x is not None, **sizes,
     )  # fmt: skip
-    dbias, drate = parts.sum(0)
-    return dx, draw, dbias.to(dt_bias.dtype, copy=True), drate.to(A_log.dtype, copy=True)
+    return dx, draw, parts.sum(0)
 
 
 @discretise_backward.register_fake
 def _(dv, dlog_decay, x, dt, dt_bias, A_log):
     dx = dt.new_empty(0) if x is None else x.new_empty(x.shape)
-    return dx, *(t.new_empty(t.shape) for t in (dt, dt_bias, A_log))
+    return dx, dt.new_empty(dt.shape), dt.new_empty(2, dt.shape[2], dtype=torch.float32)
 
 
 def _save(ctx, inputs: tuple, output: tuple) -> None:
@@ -90,8 +89,10 @@ def _save(ctx, inputs: tuple, output: tuple) -> None:
 
 
 def _gradients(ctx, dv: Tensor, dlog_decay: Tensor) -> tuple:
-    dx, *others = discretise_backward(dv, dlog_decay, *ctx.saved_tensors)
-    return None if ctx.saved_tensors[0] is None else dx, *others
+    x, dt, dt_bias, A_log = ctx.saved_tensors
+    dx, draw, sums = discretise_backward(dv, dlog_decay, x, dt, dt_bias, A_log)
+    dbias, drate = sums.unbind()
+    return None if x is None else dx, draw, dbias.to(dt_bias.dtype), drate.to(A_log.dtype)
 
 
 discretise.register_autograd(_gradients, setup=_save)
