@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from subquad import SubquadConfig, SubquadForCausalLM
-from subquad.models import SubquadCache
+from subquad.models import SubquadCache, language
 from subquad.models import graph as graphs_module
 from subquad.models.graph import MOST_IDLE, _Shelf
+from subquad.models.look import shown
 from subquad.recurrence.gpu import may_overwrite, overwriting_states
 
 
@@ -64,7 +65,7 @@ class Graph:
 
     def __init__(self, model, serves=lambda: True):
         self.weights = [(weakref.ref(p), p.data_ptr()) for p in model.parameters()]
-        self.asked, self.shown = serves, graphs_module._shown(model)
+        self.asked, self.shown = serves, shown(model)
 
     def serves(self, tokens, states):
         return self.asked()
@@ -154,11 +155,14 @@ def test_memory_that_ran_out_switches_graphs_off_for_one_cache_only(monkeypatch)
         assert graphs_module.replay(model, tokens, first) is None
     assert graphs_module.replay(model, tokens, first) is None
     assert attempts.made == 2  # at its first token, and not again at each of the next
-    monkeypatch.setattr(Graph, "holds", lambda self, states: True, raising=False)
+    loaded = []
+    monkeypatch.setattr(Graph, "load", lambda self, states: loaded.append(states), raising=False)
     monkeypatch.setattr(Graph, "replay", lambda self, tokens: "logits", raising=False)
-    monkeypatch.setattr(Graph, "states", [], raising=False)
+    monkeypatch.setattr(Graph, "states", [{"recurrent": tokens}], raising=False)
+    states = second.states
     assert graphs_module.replay(model, tokens, second) == "logits"
-    assert attempts.made == 3
+    assert attempts.made == 3 and loaded == [states]
+    assert second.states == [{"recurrent": tokens}] and second.states[0] is not Graph.states[0]
 
 
 def test_other_errors_of_a_capture_switch_graphs_off(monkeypatch):
@@ -207,20 +211,140 @@ def test_a_model_with_hooks_inside_is_stepped_through():
     assert lend(shelf, model) is not None
 
 
+def patch_a_class(model, monkeypatch):
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: x)
+
+
+def patch_a_module(model, monkeypatch):
+    model.inner.forward = lambda x: x
+
+
+def read_weights_otherwise(model, monkeypatch):
+    """They lie where they did, as after two conversions of a model they may."""
+    model.inner.weight.data = model.inner.weight.data.view(torch.float16)
+
+
+def exchange_weights(model, monkeypatch):
+    model.inner.weight, model.other.weight = model.other.weight, model.inner.weight
+
+
+def change_the_config(model, monkeypatch):
+    model.config.residual_in_fp32 = True
+
+
+def change_a_dtype(model, monkeypatch):
+    model.kind = torch.float32
+
+
+def change_a_function(model, monkeypatch):
+    model.activation = torch.nn.functional.gelu
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        patch_a_class,
+        patch_a_module,
+        read_weights_otherwise,
+        exchange_weights,
+        change_the_config,
+        change_a_dtype,
+        change_a_function,
+    ],
+)
+def test_whatever_changes_what_a_model_computes_is_seen(change, monkeypatch):
+    model = Switched().bfloat16()
+    model.other = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+    model.kind, model.activation = torch.bfloat16, torch.nn.functional.silu
+    model.config = SubquadConfig(layers=["gla"], hidden_size=32, residual_in_fp32=False)
+    before = shown(model)
+    assert shown(model) == before
+    change(model, monkeypatch)
+    assert shown(model) != before
+
+
+def test_a_model_all_of_whose_modules_are_watched_is_stepped_through():
+    model = Switched()
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert shown(model) is None
+    hook.remove()
+    assert shown(model) is not None
+
+
+@torch.no_grad()
+def test_modes_that_would_see_operations_see_them(monkeypatch):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, cache, tokens = build(), SubquadCache(2), torch.zeros(1, 1, dtype=torch.long)
+    model(torch.arange(6)[None], past_key_values=cache)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert graphs_module._decodes(model, tokens, cache)
+    assert not graphs_module._decodes(model, tokens[0], cache)
+    with FlopCounterMode(display=False):
+        assert not graphs_module._decodes(model, tokens, cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_cache_of_another_model_is_refused_where_steps_are_replayed(monkeypatch, layers):
+    monkeypatch.setattr(language, "replay_step", lambda *_: "logits")
+    with pytest.raises(ValueError, match="past_key_values"):
+        build()(torch.arange(1)[None], past_key_values=SubquadCache(layers), replay=True)
+
+
+class Captured(graphs_module.StepGraph):
+    """What is on a StepGraph once it was captured, and no graph."""
+
+    def __init__(self):
+        self.tokens, self.logits = torch.zeros(1, 1), torch.zeros(1, 1, 3)
+        self.states = [{"recurrent": torch.zeros(2), "conv": torch.zeros(3)}]
+        self.flat = graphs_module._flat(self.states)
+
+
+def test_states_that_somebody_puts_in_a_cache_are_not_its_graphs():
+    graph = Captured()
+    given = [dict(state) for state in graph.states]
+    assert graph.holds(given)
+    given[0]["conv"] = torch.ones(3)
+    assert not graph.holds(given) and not graph.holds([]) and not graph.holds([{}])
+    assert not graph.states[0]["conv"].any()
+
+
+def test_a_graph_waits_for_the_stream_on_which_another_cache_used_it(monkeypatch):
+    seen = []
+
+    class Side:
+        wait_event = staticmethod(lambda event: seen.append(("wait", event)))
+
+    class Done:
+        record = staticmethod(lambda stream: seen.append(("record", stream)))
+
+    class Replayed:
+        replay = staticmethod(lambda: seen.append("replay"))
+
+    graph, side = Captured(), Side()
+    graph.done, graph.graph = Done(), Replayed()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: side)
+    graph.load([{"recurrent": torch.ones(2), "conv": torch.ones(3)}])
+    graph.replay(torch.ones(1, 1))
+    assert seen == [("wait", graph.done), "replay", ("record", side)]
+    assert all(t.all() for t in graph.flat) and graph.tokens.all()
+
+
 def test_a_graph_that_a_cache_holds_is_looked_at_when_other_states_come():
     model = Switched()
     graph = Graph(model)
-    graph.holds = lambda states: states == "own"
-    assert graphs_module._goes_on(graph, model, None, "other")
+    assert graphs_module._goes_on(graph, model, None, "other", held=False)
     model.off = True
-    assert not graphs_module._goes_on(graph, model, None, "other")
-    assert graphs_module._goes_on(graph, model, None, "own")
+    assert not graphs_module._goes_on(graph, model, None, "other", held=False)
+    assert graphs_module._goes_on(graph, model, None, "own", held=True)
 
 
 @torch.no_grad()
 def test_generating_changes_nothing_that_a_graph_looks_at():
     model = build()
     model.generate(torch.arange(6)[None], max_new_tokens=3, do_sample=False)
-    shown = graphs_module._shown(model)
+    before = shown(model)
     model.generate(torch.arange(6)[None], max_new_tokens=3, do_sample=False)
-    assert shown and graphs_module._shown(model) == shown
+    assert before and shown(model) == before

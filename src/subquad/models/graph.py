@@ -14,12 +14,15 @@ import threading
 import warnings
 import weakref
 from functools import lru_cache
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from subquad.mixers.base import State
+from subquad.models.look import shown
+from subquad.recurrence.eager import is_plain
 from subquad.recurrence.gpu import overwriting_states
 
 if TYPE_CHECKING:
@@ -41,32 +44,37 @@ def replay(model: Any, tokens: Tensor, cache: SubquadCache) -> Tensor | None:
     if len(states) < len(cache) or not shelf.fit:
         return None
     lease = cache.lease
-    if lease is None or not _goes_on(lease.graph, model, tokens, states):
-        lease = None if cache in shelf.stepwise else shelf.lend(model, tokens, states)
+    held = lease is not None and lease.graph.holds(states)
+    if lease is None or not _goes_on(lease.graph, model, tokens, states, held):
+        held, lease = False, None if cache in shelf.stepwise else shelf.lend(model, tokens, states)
         if lease is None:
             shelf.stepwise.add(cache)
             return None
-    if not lease.graph.holds(states):
+    if not held:
         lease.graph.load(states)
     cache.lease = lease
     logits = lease.graph.replay(tokens)
-    cache.advance(lease.graph.states, len(tokens), 1, tokens.device)
+    # Dicts of its own: what somebody puts in them is seen, and does not end up in the graph's.
+    cache.advance([dict(s) for s in lease.graph.states], len(tokens), 1, tokens.device)
     return logits
 
 
 def _decodes(model: Any, tokens: Tensor, cache: SubquadCache) -> bool:
-    if not tokens.is_cuda or tokens.shape[1] != 1 or model.training or torch.is_grad_enabled():
+    """Whether it is a step to replay. Not where a mode would see each of its operations."""
+    one = tokens.is_cuda and tokens.shape[1:] == (1,)
+    if not one or model.training or torch.is_grad_enabled() or not is_plain((tokens,)):
         return False
-    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_current_stream_capturing():
         return False
     return not cache.has_empty_rows and cache.batch_size == len(tokens)
 
 
-def _goes_on(graph: StepGraph, model: Any, tokens: Tensor, states: list[State]) -> bool:
-    """Whether a cache's graph serves on. Between two replayed tokens modules are not looked at."""
-    if not graph.serves(tokens, states):
-        return False
-    return graph.holds(states) or graph.shown == _shown(model)
+def _goes_on(graph: StepGraph, model: Any, tokens: Tensor, states: list[State], held: bool) -> bool:
+    """Whether a cache's graph serves on. Between two replayed tokens modules are not looked at.
+
+    held: these are the graph's own states.
+    """
+    return graph.serves(tokens, None if held else states) and (held or graph.shown == shown(model))
 
 
 class StepGraph:
@@ -78,11 +86,13 @@ class StepGraph:
     """
 
     def __init__(self, model: Any, tokens: Tensor, states: list[State]) -> None:
-        self.settings, self.shown = _settings(tokens), _shown(model)
+        self.settings, self.shown = _settings(tokens), shown(model)
         self.weights = [(weakref.ref(p), p.data_ptr()) for p in model.parameters()]
         with torch.inference_mode(False), torch.no_grad():
             self.tokens = tokens.clone()
             self.states = [{n: t.clone() for n, t in state.items()} for state in states]
+            self.flat = _flat(self.states)
+            self.done = torch.cuda.Event()  # with the last replayed step
             side, here = _side_stream(tokens.device), torch.cuda.current_stream(tokens.device)
             side.wait_stream(here)
             try:
@@ -106,20 +116,23 @@ class StepGraph:
                     own[name].copy_(tensor)
         return logits
 
-    def serves(self, tokens: Tensor, states: list[State]) -> bool:
-        """Whether it can go on from these states: the same shapes, and weights where they were."""
+    def serves(self, tokens: Tensor, states: list[State] | None) -> bool:
+        """Whether it can go on from these states, or its own (None): the same shapes, and weights
+        where they were."""
         return (
             self.settings == _settings(tokens)
-            and (self.holds(states) or _shapes(self.states) == _shapes(states))
+            and (states is None or _shapes(self.states) == _shapes(states))
             and all((p := w()) is not None and p.data_ptr() == at for w, at in self.weights)
         )
 
     def holds(self, states: list[State]) -> bool:
         """Whether these are its own."""
-        return all(own is state for own, state in zip(self.states, states))
+        given = _flat(states)
+        return len(given) == len(self.flat) and all(map(is_, given, self.flat))
 
     def load(self, states: list[State]) -> None:
-        """Go on from these states instead."""
+        """Go on from these states instead, after another cache's steps on another stream."""
+        self._stream().wait_event(self.done)
         for own, new in zip(self.states, states):
             for name, tensor in new.items():
                 own[name].copy_(tensor)
@@ -128,7 +141,12 @@ class StepGraph:
         """Logits [B,1,vocabulary]; the states move on."""
         self.tokens.copy_(tokens)
         self.graph.replay()
-        return self.logits.clone()
+        logits = self.logits.clone()
+        self.done.record(self._stream())
+        return logits
+
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.tokens.device)
 
 
 class Lease:
@@ -170,14 +188,14 @@ class _Shelf:
             return self._lend(model, tokens, states)
 
     def _lend(self, model: Any, tokens: Tensor, states: list[State]) -> Lease | None:
-        shown = _shown(model)
-        if shown is None:
+        looks = shown(model)
+        if looks is None:
             return None
         parameters = {id(p) for p in model.parameters()}
         for graph in list(self.idle):
             if {id(w()) for w, _ in graph.weights} != parameters:
                 self.take(graph)  # of weights that were replaced
-            elif graph.shown == shown and graph.serves(tokens, states) and self.take(graph):
+            elif graph.shown == looks and graph.serves(tokens, states) and self.take(graph):
                 return Lease(graph, self)
         if any(p.device != tokens.device for p in model.parameters()):
             return None
@@ -231,34 +249,8 @@ def _settings(tokens: Tensor) -> tuple[object, ...]:
     return tokens.shape, tokens.dtype, tokens.device, autocast
 
 
-def _shown(model: Any) -> list[object] | None:
-    """What a step computes beside weights and states, as far as modules show it.
-
-    An adapter that is switched off, say, has its weights where they were. None where a module has
-    hooks: they run Python, which a replayed step would leave out. (The model's own run outside.)
-    """
-    modules = list(model.modules())
-    if any(m._forward_hooks or m._forward_pre_hooks for m in modules[1:]):
-        return None
-    return [_look(m) for m in modules]
-
-
-def _look(module: torch.nn.Module) -> tuple[object, ...]:
-    own = vars(module)
-    plain = repr([(n, x) for n, x in own.items() if n not in _OF_ANY_MODULE and _is_plain(x)])
-    buffers = [b.data_ptr() for b in module._buffers.values() if b is not None]
-    return id(module), type(module), id(own.get("forward")), plain, buffers
-
-
-_OF_ANY_MODULE = vars(torch.nn.Module()).keys() - {"training"}
-
-
-def _is_plain(x: object) -> bool:
-    if isinstance(x, dict):
-        x = [*x, *x.values()]
-    if isinstance(x, (tuple, list, set)):
-        return all(map(_is_plain, x))
-    return x is None or isinstance(x, (bool, int, float, str))
+def _flat(states: list[State]) -> list[Tensor]:
+    return [tensor for state in states for tensor in state.values()]
 
 
 def _shapes(states: list[State]) -> list[list[tuple[str, torch.Size, torch.dtype]]]:

@@ -67,7 +67,8 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
             others = (attention_mask, position_ids, inputs_embeds, labels, cu_seqlens)
             plain = use_cache is not False and all(x is None for x in others)
             if plain and isinstance(past_key_values, SubquadCache) and input_ids is not None:
-                logits = replay_step(self, input_ids, past_key_values)
+                ours = len(past_key_values) == len(self.model.layers)
+                logits = replay_step(self, input_ids, past_key_values) if ours else None
                 if logits is not None:
                     return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         outputs = self.model(

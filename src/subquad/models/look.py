@@ -7,10 +7,13 @@ from enum import Enum
 from functools import partial
 from itertools import chain
 from operator import attrgetter, is_not
-from types import BuiltinFunctionType, FunctionType, NoneType
+from types import BuiltinFunctionType, FunctionType, MethodType, NoneType
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from subquad.mixers.projection import is_every_module_watched
 
 _SHOWN = ("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks")
 _DTYPE = attrgetter("dtype")
@@ -46,7 +49,7 @@ class Look:
         self._others = [vars(m) for m in self._modules if m not in inside]
         tensors: list[Tensor] = [p for root in roots for p in root.parameters()]
         tensors += [b for m in inside for b in m._buffers.values() if b is not None]
-        self._tensors = [t for t in tensors if _lies_somewhere(t)]
+        self._tensors = [t for t in tensors if lies_somewhere(t)]
         self._seen = self._see()
 
     def changed(self, *roots: nn.Module) -> bool:
@@ -69,7 +72,7 @@ class Look:
         )
 
 
-def _lies_somewhere(x: Tensor) -> bool:
+def lies_somewhere(x: Tensor) -> bool:
     """Not what only looks like a tensor: of those it is seen when they are replaced."""
     return type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided
 
@@ -86,3 +89,50 @@ _VALUES = (
     *(FunctionType, BuiltinFunctionType, partial),
     *(torch.dtype, torch.device, torch.layout),
 )
+
+
+def shown(model: nn.Module) -> list[object] | None:
+    """What a step computes beside weights and states, as far as modules show it.
+
+    An adapter that is switched off, say, has its weights where they were. None where a module has
+    hooks: they run Python, which a replayed step would leave out. (The model's own run outside.)
+    """
+    modules = list(model.modules())
+    if any(m._forward_hooks or m._forward_pre_hooks for m in modules[1:]):
+        return None
+    if is_every_module_watched():
+        return None
+    classes = dict.fromkeys(chain.from_iterable(type(m).__mro__ for m in modules))
+    code = [[f for f in vars(c).values() if isinstance(f, FunctionType)] for c in classes]
+    return [code, *map(_look, modules)]
+
+
+def _look(module: nn.Module) -> tuple[object, ...]:
+    own = [(n, x) for n, x in vars(module).items() if n not in _OF_ANY_MODULE]
+    code = [id(x) for _, x in own if isinstance(x, _CODE)]
+    settings = [pair for pair in own if _is_plain(pair[1])]
+    config = vars(module).get("config")
+    if isinstance(config, PreTrainedConfig):  # some of it is read at each step
+        settings += [pair for pair in vars(config).items() if _is_plain(pair[1])]
+    tensors = [_place(t) for t in chain(module._parameters.values(), module._buffers.values())]
+    return id(module), type(module), code, repr(settings), tensors
+
+
+_OF_ANY_MODULE = vars(nn.Module()).keys() - {"training"}
+_CODE = (FunctionType, BuiltinFunctionType, MethodType, partial)
+_SETTINGS = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
+
+
+def _is_plain(x: object) -> bool:
+    if isinstance(x, dict):
+        x = [*x, *x.values()]
+    if isinstance(x, (tuple, list, set)):
+        return all(map(_is_plain, x))
+    return x is None or isinstance(x, _SETTINGS)
+
+
+def _place(x: Tensor | None) -> object:
+    """Where a module's tensor lies and how it is read there."""
+    if x is None or not lies_somewhere(x):
+        return id(x)
+    return x.data_ptr(), x.dtype, x.shape, x.stride()
