@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from subquad import SubquadCache, SubquadConfig, SubquadForCausalLM
 from subquad.cli import app, main
 from subquad.generate import TextPieces, draw, generate_batch, generate_tokens, load, stream
+from subquad.generate.decode import _reading
 from subquad.generate.load import model_folder
 from subquad.models import ByteTokenizer
 from subquad.train import TrainConfig, train
@@ -113,6 +114,27 @@ def test_a_batch_is_its_rows():
     assert generate_batch(model, prompts, max_new_tokens=0).shape == (3, 0)
     with pytest.raises(ValueError, match=r"^ids: got"):
         generate_batch(model, prompts[0], max_new_tokens=1)
+
+
+def test_tokens_are_waited_for_on_their_own_gpu(monkeypatch):
+    """Whichever is the current one: its stream knows nothing of the copy."""
+    waits = []
+
+    class Event:
+        def record(self, stream=None):
+            self.stream = stream
+
+        def synchronize(self):
+            waits.append(self.stream)
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda shape, *, pin_memory, **rest: empty(shape, **rest))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
+    tokens = torch.tensor([3, 5])
+    assert torch.equal(_reading(tokens)(), tokens)
+    assert waits == ["stream of cpu"]
 
 
 def test_draw_temperature_and_nucleus():

@@ -160,7 +160,7 @@ def _reading(tokens: torch.Tensor) -> Callable[[], torch.Tensor]:
     there = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
     there.copy_(tokens, non_blocking=True)
     arrived = torch.cuda.Event()
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(tokens.device))  # not the current device's
 
     def read() -> torch.Tensor:
         arrived.synchronize()
