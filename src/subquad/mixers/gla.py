@@ -63,7 +63,7 @@ class GLA(Mixer):
     ) -> tuple[Tensor, State]:
         past = self.check_inputs(x, state, cu_seqlens)
         heads = (self.num_heads, -1)
-        q, k, v, gate, low = project(self.in_proj, x).split(self.sizes, dim=-1)
+        q, k, v, gate, low = project(self.in_proj, x).split_with_sizes(self.sizes, -1)
         log_decay = (
             F.logsigmoid(at_least_float32(project(self.decay_proj, low))) / self.gate_temperature
         )
