@@ -302,6 +302,26 @@ class Captured(graphs_module.StepGraph):
         self.flat = graphs_module._flat(self.states)
 
 
+@torch.no_grad()
+def test_a_captured_step_does_not_read_what_autocast_cached():
+    """Its copies of the weights end with the caller's `with`, and miss what changes in place."""
+    weight, cast = torch.nn.Parameter(torch.eye(2)), []
+
+    class Model:
+        def step(self, tokens, states):
+            cast.append(torch.mm(torch.ones(1, 2), weight))
+            return cast[-1], states
+
+    graph, model = Captured(), Model()
+    with torch.autocast("cpu", torch.bfloat16):
+        for scale in (1, 2):
+            weight.copy_(scale * torch.eye(2))
+            torch.mm(torch.ones(1, 2), weight)  # the prompt's pass fills the cache
+            graph._step(model)
+        assert torch.is_autocast_cache_enabled()
+    assert [c[0, 0].item() for c in cast] == [1, 2] and cast[0].dtype == torch.bfloat16
+
+
 def test_states_that_somebody_puts_in_a_cache_are_not_its_graphs():
     graph = Captured()
     given = [dict(state) for state in graph.states]

@@ -13,6 +13,8 @@ import gc
 import threading
 import warnings
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from operator import is_
 from typing import TYPE_CHECKING, Any
@@ -106,7 +108,7 @@ class StepGraph:
                 self.logits = self._step(model)
 
     def _step(self, model: Any) -> Tensor:
-        with overwriting_states():
+        with overwriting_states(), _casting_anew():
             logits, states = model.step(self.tokens, self.states)
         for own, new in zip(self.states, states):
             for name, tensor in new.items():
@@ -247,6 +249,17 @@ def _settings(tokens: Tensor) -> tuple[object, ...]:
     """What a captured step depends on beside weights and states."""
     autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
     return tokens.shape, tokens.dtype, tokens.device, autocast
+
+
+@contextmanager
+def _casting_anew() -> Iterator[None]:
+    """Without autocast's cache: its copies of the weights are gone when the graph is replayed."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
 
 
 def _flat(states: list[State]) -> list[Tensor]:
