@@ -8,16 +8,18 @@ the step is captured once and replayed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-_EAGER = 3  # steps before the capture: kernels compile, libraries and the optimiser set up
+_EAGER = 3  # like steps before the capture: kernels compile, libraries and the optimiser set up
 
 
 class Captured:
-    """Calls `step(*tensors)`, from some calls on by a graph, as long as the tensors' shapes stay.
+    """Calls `step(*tensors)`, by a graph once some calls in a row had tensors of equal shapes.
+
+    There is one graph; calls with tensors of other shapes or dtypes run as they are.
 
     Args:
         step: looks at nothing but these tensors and what lies where it did before, and never waits
@@ -28,17 +30,20 @@ class Captured:
 
     def __init__(self, step: Callable[..., None], device: torch.device) -> None:
         self.step, self.device = step, device
-        self.calls = 0
+        self.kinds: list[tuple[torch.Size, torch.dtype]] = []  # of the last call's tensors
+        self.calls = 0  # of that kind in a row
         self.fit = True  # False once the step could not be captured
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: list[Tensor] = []  # where the graph reads
         self.side = torch.cuda.Stream(device)  # captures want another stream than the default
 
     def __call__(self, *tensors: Tensor) -> None:
-        self.calls += 1
+        kinds = _kinds(tensors)
+        self.calls = self.calls + 1 if kinds == self.kinds else 1
+        self.kinds = kinds
         if self.graph is None and self.fit and self.calls > _EAGER:
             self._capture(tensors)
-        if self.graph is None or [t.shape for t in tensors] != [t.shape for t in self.inputs]:
+        if self.graph is None or kinds != _kinds(self.inputs):
             self._eagerly(tensors)
             return
         for own, new in zip(self.inputs, tensors):
@@ -68,3 +73,7 @@ class Captured:
             warnings.warn(f"training goes on without a CUDA graph: {reason}", stacklevel=4)
         else:
             self.graph = graph
+
+
+def _kinds(tensors: Iterable[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(tensor.shape, tensor.dtype) for tensor in tensors]

@@ -64,7 +64,8 @@ def train_task(
     Args:
         task: draws training batches from `config.seed` and tests from its test split.
         config: the model, the optimiser, steps, batch_size, device, precision, and `eval_every`,
-            the steps between tests. What it says of text (data, seq_len) is not used.
+            the steps between tests. What it says of text (data, seq_len), of checkpoints and
+            of `accumulate` is not used.
         sequences: in each test.
         until_solved: stop at the first test that counts as solved.
         seconds: of wall clock, after which training ends with a last test. The learning rate then

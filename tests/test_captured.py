@@ -1,0 +1,92 @@
+"""Which training steps are replayed from a graph and which run as they are, told without a GPU."""
+
+import contextlib
+
+import pytest
+import torch
+
+from subquad.train.captured import Captured
+
+
+class Stream:
+    def __init__(self, device=None):
+        pass
+
+    def wait_stream(self, other):
+        pass
+
+
+class Graph:
+    """Notes what the calls under its capture did, and does it again with what then lies there."""
+
+    capturing = None
+
+    def __init__(self):
+        self.calls = []
+
+    def replay(self):
+        for call, tensors in self.calls:
+            call("replayed", *tensors)
+
+
+@contextlib.contextmanager
+def capture(graph, **options):
+    Graph.capturing = graph
+    try:
+        yield
+    finally:
+        Graph.capturing = None
+
+
+@pytest.fixture
+def done(monkeypatch):
+    """How each step ran, and on what."""
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    return []
+
+
+def captured(done, failing=()):
+    failing = list(failing)
+
+    def note(how, tensor):
+        done.append((how, *tensor.tolist()))
+
+    def step(tensor):
+        if Graph.capturing is None:
+            note("eager", tensor)
+        elif failing:
+            raise failing.pop()
+        else:
+            Graph.capturing.calls.append((note, (tensor,)))
+
+    return Captured(step, torch.device("cpu"))
+
+
+def test_steps_are_replayed_on_their_own_batches_and_others_are_not(done):
+    update = captured(done)
+    for batch in ([0.0], [1.0], [2.0], [3.0], [4.0], [5.0, 6.0], [7.0]):
+        update(torch.tensor(batch))
+    update(torch.tensor([8]))  # a copy would make it a float
+    ways = ["eager"] * 3 + ["replayed"] * 2 + ["eager", "replayed", "eager"]
+    assert [how for how, *_ in done] == ways
+    assert [tensor for _, *tensor in done] == [[0], [1], [2], [3], [4], [5, 6], [7], [8]]
+
+
+def test_a_shape_that_came_for_the_first_time_is_not_captured(done):
+    """Nothing is compiled for it yet, and it may never come again."""
+    update = captured(done)
+    for size in (2, 2, 2, 1, 2, 2, 2, 2, 2):
+        update(torch.zeros(size))
+    assert [how for how, *_ in done] == ["eager"] * 7 + ["replayed"] * 2
+
+
+def test_a_step_that_cannot_be_captured_runs_as_it_is_from_then_on(done):
+    update = captured(done, [torch.OutOfMemoryError("CUDA out of memory.")])
+    with pytest.warns(UserWarning, match="without a CUDA graph: CUDA out of memory"):
+        for n in range(6):
+            update(torch.tensor([float(n)]))
+    assert done == [("eager", float(n)) for n in range(6)]
