@@ -82,3 +82,29 @@ def test_launches_run_in_order_and_new_ones_are_met_once():
     assert [grid for grid, _, _ in ran] == [(3,), (1,), (2,)] * 2
     assert ran[0] == ((3,), (3,), {"C": 1})
     assert len(_met) == before + 2  # two of the three are one kernel
+
+
+def test_after_a_compilation_that_failed_others_are_tried():
+    triton = pytest.importorskip("triton")
+    if not hasattr(triton, "AsyncCompileMode"):
+        pytest.skip("kernels are compiled by their launches")
+    from triton.runtime._async_compile import active_mode
+
+    from subquad.kernels.launch import Launch, launch
+
+    class Kernel(triton.JITFunction):
+        __hash__ = object.__hash__
+
+        def __init__(self):
+            pass
+
+        def warmup(self, grid):
+            active_mode.get().submit(self, self.fail, None)
+
+        def fail(self):
+            raise OSError("no space left on device")
+
+    for _ in range(2):
+        with pytest.raises(OSError, match="no space"):
+            launch([Launch(Kernel(), (1,), (), {}) for _ in range(2)])
+    assert active_mode.get() is None

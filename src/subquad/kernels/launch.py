@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import Any, NamedTuple
 
 _met: set[tuple] = set()
@@ -32,7 +33,9 @@ def launch(launches: Sequence[Launch]) -> None:
     """Run the launches in order."""
     new = [one for one in launches if one.key not in _met]
     if new:
-        _compile(new)
+        # In a context of its own: where it fails or is interrupted, Triton would leave the thread's
+        # marked as compiling, and refuse to compile in it again.
+        copy_context().run(_compile, new)
         _met.update(one.key for one in new)
     script = getattr(witness, "script", None)
     for one in launches:
