@@ -13,6 +13,7 @@ from subquad.models import SubquadCache, language
 from subquad.models import graph as graphs_module
 from subquad.models.graph import MOST_IDLE, _Shelf
 from subquad.models.look import shown
+from subquad.models.stack import SubquadModel
 from subquad.recurrence.gpu import may_overwrite, overwriting_states
 
 
@@ -291,6 +292,42 @@ def test_a_cache_of_another_model_is_refused_where_steps_are_replayed(monkeypatc
     monkeypatch.setattr(language, "replay_step", lambda *_: "logits")
     with pytest.raises(ValueError, match="past_key_values"):
         build()(torch.arange(1)[None], past_key_values=SubquadCache(layers), replay=True)
+
+
+class Doubled(SubquadModel):
+    def forward(self, *args, **kwargs):
+        output = SubquadModel.forward(self, *args, **kwargs)
+        output.last_hidden_state = output.last_hidden_state * 2
+        return output
+
+
+def patch_the_stack(model, monkeypatch):
+    model.model.forward = Doubled.forward.__get__(model.model)
+
+
+def derive_from_the_stack(model, monkeypatch):
+    model.model.__class__ = Doubled
+
+
+def hook_the_stack(model, monkeypatch):
+    model.model.register_forward_hook(lambda *_: None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [patch_the_stack, derive_from_the_stack, hook_the_stack])
+def test_what_somebody_added_to_the_stack_is_called(change, monkeypatch):
+    """A captured step runs its blocks only."""
+    model, cache = build(), SubquadCache(2)
+    model(torch.arange(6)[None], past_key_values=cache)
+    monkeypatch.setattr(language, "replay_step", lambda *_: "logits")
+
+    def is_replayed():
+        output = model(torch.arange(1)[None], past_key_values=cache, replay=True)
+        return isinstance(output.logits, str)
+
+    assert is_replayed()
+    change(model, monkeypatch)
+    assert not is_replayed()
 
 
 class Captured(graphs_module.StepGraph):

@@ -10,13 +10,15 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from subquad.mixers.base import State
-from subquad.mixers.projection import project
+from subquad.mixers.projection import is_watched, project
 from subquad.models.cache import SubquadCache
 from subquad.models.config import SubquadConfig
 from subquad.models.graph import replay as replay_step
 from subquad.models.stack import SubquadModel, SubquadPreTrainedModel
 from subquad.models.tokens import check_labels
 from subquad.recurrence.validate import fail
+
+_FORWARD = SubquadModel.forward
 
 
 class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
@@ -67,8 +69,7 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
             others = (attention_mask, position_ids, inputs_embeds, labels, cu_seqlens)
             plain = use_cache is not False and all(x is None for x in others)
             if plain and isinstance(past_key_values, SubquadCache) and input_ids is not None:
-                ours = len(past_key_values) == len(self.model.layers)
-                logits = replay_step(self, input_ids, past_key_values) if ours else None
+                logits = self._replay(input_ids, past_key_values)
                 if logits is not None:
                     return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         outputs = self.model(
@@ -100,6 +101,12 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    def _replay(self, tokens: Tensor, cache: SubquadCache) -> Tensor | None:
+        """Not where `step` would leave out what somebody added to the stack, or a wrong cache."""
+        if type(self.model).forward is not _FORWARD or is_watched(self.model):
+            return None
+        return replay_step(self, tokens, cache) if len(cache) == len(self.model.layers) else None
 
     def step(self, tokens: Tensor, states: list[State]) -> tuple[Tensor, list[State]]:
         """Logits [B,1,vocabulary] of tokens [B,1] after `states`, and the next states, by layer."""
