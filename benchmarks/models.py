@@ -3,10 +3,11 @@
     PYTHONPATH=src python benchmarks/models.py --out models.json --plot models
     PYTHONPATH=src python benchmarks/models.py --work train --peers fla mamba_ssm
 
-Training: tokens a second of forward, backward and a fused AdamW step, bfloat16, 8 x 4096 tokens,
-and the share of the machine's own matrix product rate that 6 operations a parameter and token make
-(the recurrence's own operations are not counted). `--peers` trains models of the same sizes by fla
-and mamba_ssm too (models_peers.py). Generation: 2048 tokens of prompt and 128 new ones, greedy, at
+Training: tokens a second of forward, backward and a fused AdamW step, bfloat16, 8 x 4096 tokens
+(`--sizes 8x4096 1x1024`: small batches too, where Python is what a step waits for), and the share
+of the machine's own matrix product rate that 6 operations a parameter and token make (the
+recurrence's own operations are not counted). `--peers` trains models of the same sizes by fla and
+mamba_ssm too (models_peers.py). Generation: 2048 tokens of prompt and 128 new ones, greedy, at
 several batch sizes, against a Llama of transformers of the same size (SDPA, its generate() and
 growing cache, as it comes).
 """
@@ -141,12 +142,14 @@ def train(
     }  # fmt: skip
 
 
-def tried(name: str, peak: float, folder: Path | None, **how: Any) -> dict[str, Any]:
+def tried(
+    name: str, size: tuple[int, int], peak: float, folder: Path | None, **how: Any
+) -> dict[str, Any]:
     """A row of training, or of the error with which it ended: that is a result, too."""
     if how.get("peer"):
         models_peers.prepare()
     try:
-        return train(name, 8, 4096, peak, folder, **how)
+        return train(name, *size, peak, folder, **how)
     except Exception as error:
         found = f"{type(error).__name__}: {error}"[:200]
         return {"work": "train", "model": name, "by": how.get("peer", "subquad"), "error": found}
@@ -216,10 +219,19 @@ def plot(rows: list[dict[str, Any]], stem: Path, device: str) -> None:
         figure.savefig(stem.with_suffix(f".{suffix}"), dpi=150)
 
 
+def batch_and_length(text: str) -> tuple[int, int]:
+    batch, _, length = text.partition("x")
+    return int(batch), int(length)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32, 128])
+    parser.add_argument(
+        "--sizes", nargs="+", type=batch_and_length, default=[(8, 4096)], metavar="8x4096",
+        help="sequences and tokens of each, of a training step",
+    )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="train ours compiled, too")
     parser.add_argument("--peers", nargs="*", default=[], choices=["fla", "mamba_ssm"])
     parser.add_argument("--work", nargs="+", default=["train", "generate"])
@@ -249,17 +261,20 @@ def main() -> None:
             args.out.write_text(json.dumps(report, indent=1))
         torch.cuda.empty_cache()
         if "train" in args.work:
-            report["rows"].append(train(name, 8, 4096, peak, args.profile))
-            print(report["rows"][-1], flush=True)
+            for size in args.sizes:
+                report["rows"].append(train(name, *size, peak, args.profile))
+                print(report["rows"][-1], flush=True)
+                torch.cuda.empty_cache()
         torch.cuda.empty_cache()
         args.out.write_text(json.dumps(report, indent=1))
     for peer, name in models_peers.MODELS:
         if peer in args.peers and name in args.models:
-            report["rows"].append(tried(name, peak, args.profile, peer=peer))
-            print(report["rows"][-1], flush=True)
-            args.out.write_text(json.dumps(report, indent=1))
+            for size in args.sizes:
+                report["rows"].append(tried(name, size, peak, args.profile, peer=peer))
+                print(report["rows"][-1], flush=True)
+                args.out.write_text(json.dumps(report, indent=1))
     for name in args.models if args.compile else []:
-        report["rows"].append(tried(name, peak, None, compiled=True))
+        report["rows"].append(tried(name, args.sizes[0], peak, None, compiled=True))
         print(report["rows"][-1], flush=True)
         args.out.write_text(json.dumps(report, indent=1))
     if args.plot:
