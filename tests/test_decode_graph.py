@@ -359,6 +359,24 @@ def test_a_captured_step_does_not_read_what_autocast_cached():
     assert [c[0, 0].item() for c in cast] == [1, 2] and cast[0].dtype == torch.bfloat16
 
 
+def test_states_that_change_places_do_not_run_over_one_another():
+    """As of a row that remembers its last two tokens, or turns its state round."""
+
+    class Model:
+        def step(self, tokens, states):
+            (state,) = states
+            return tokens, [{"last": tokens, "before": state["last"], "turned": state["turned"].mT}]
+
+    graph = Captured()
+    last, before, turned = torch.ones(1, 1), torch.full((1, 1), 2.0), torch.arange(4.0).view(2, 2)
+    graph.states = [{"last": last, "before": before, "turned": turned.clone()}]
+    graph.flat = graphs_module._flat(graph.states)
+    graph._step(Model())
+    (state,) = graph.states
+    assert state["last"].item() == 0 and state["before"].item() == 1
+    assert torch.equal(state["turned"], turned.mT)
+
+
 def test_states_that_somebody_puts_in_a_cache_are_not_its_graphs():
     graph = Captured()
     given = [dict(state) for state in graph.states]

@@ -110,12 +110,18 @@ class StepGraph:
     def _step(self, model: Any) -> Tensor:
         with overwriting_states(), _casting_anew():
             logits, states = model.step(self.tokens, self.states)
+        mine = {t.untyped_storage().data_ptr() for t in self.flat}
+        moves = []
         for own, new in zip(self.states, states):
             for name, tensor in new.items():
                 if tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
                     raise _Grows
                 if tensor is not own[name]:
-                    own[name].copy_(tensor)
+                    # One of ours in another's place must be read before that is written.
+                    aliased = tensor.untyped_storage().data_ptr() in mine
+                    moves.append((own[name], tensor.clone() if aliased else tensor))
+        for place, tensor in moves:
+            place.copy_(tensor)
         return logits
 
     def serves(self, tokens: Tensor, states: list[State] | None) -> bool:
