@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from subquad import SubquadConfig, SubquadForCausalLM
+from subquad.mixers import GatedDeltaNet
 from subquad.models import SubquadCache, language
 from subquad.models import graph as graphs_module
 from subquad.models.graph import MOST_IDLE, _Shelf
@@ -58,7 +59,18 @@ def test_states_may_be_overwritten_only_within_and_only_whole():
     with overwriting_states():
         assert may_overwrite(state)
         assert not may_overwrite(None) and not may_overwrite(state.transpose(1, 2))
+    with overwriting_states([state]):
+        assert may_overwrite(state) and not may_overwrite(state.clone())
     assert not may_overwrite(state)
+
+
+def test_a_row_of_somebody_elses_keeps_the_states_it_was_given():
+    """It may read them after an engine did, as it was promised."""
+    model = build()
+    model.model.layers[1].mixer.__class__ = type("Theirs", (GatedDeltaNet,), {})
+    states = [{"recurrent": torch.zeros(1)}, {"recurrent": torch.zeros(1)}]
+    (ours,) = graphs_module._of_our_rows(model, states)
+    assert ours is states[0]["recurrent"]
 
 
 class Graph:
@@ -336,7 +348,7 @@ class Captured(graphs_module.StepGraph):
     def __init__(self):
         self.tokens, self.logits = torch.zeros(1, 1), torch.zeros(1, 1, 3)
         self.states = [{"recurrent": torch.zeros(2), "conv": torch.zeros(3)}]
-        self.flat = graphs_module._flat(self.states)
+        self.flat, self.ours = graphs_module._flat(self.states), []
 
 
 @torch.no_grad()

@@ -15,18 +15,24 @@ from torch import Tensor
 
 from subquad.recurrence.eager import can_call_operators
 
-_OVERWRITE = ContextVar("overwrite", default=False)
+# Where the states lie that may be written over; None: wherever they lie.
+_NOWHERE: frozenset[int] = frozenset()
+_OVERWRITE: ContextVar[frozenset[int] | None] = ContextVar("overwrite", default=_NOWHERE)
 
 
 @contextmanager
-def overwriting_states() -> Iterator[None]:
+def overwriting_states(only: Iterable[Tensor] | None = None) -> Iterator[None]:
     """Within, one-token calls on a GPU may write the next state over the one they are given.
 
     For whoever owns the states and looks at none but the last: a loop that decodes. It saves
     half of a step's memory traffic, and states keep their addresses, as a captured CUDA graph
     needs. An engine that overwrote a state returns it, the same object; others return a new one.
+
+    Args:
+        only: the states that may be written over; None for any.
     """
-    token = _OVERWRITE.set(True)
+    places = None if only is None else frozenset(state.data_ptr() for state in only)
+    token = _OVERWRITE.set(places)
     try:
         yield
     finally:
@@ -35,9 +41,12 @@ def overwriting_states() -> Iterator[None]:
 
 def may_overwrite(state: Tensor | None) -> bool:
     """Whether a kernel may write over this state, here and now."""
-    if torch.compiler.is_compiling() or state is None or not _OVERWRITE.get():
+    if torch.compiler.is_compiling() or state is None:
         return False
-    return state.is_contiguous()
+    places = _OVERWRITE.get()
+    if places == _NOWHERE:  # nor is it asked where a fake tensor lies
+        return False
+    return (places is None or state.data_ptr() in places) and state.is_contiguous()
 
 
 def can_call_kernels(tensors: Iterable[Tensor | None]) -> bool:
