@@ -4,11 +4,13 @@ import copy
 import gc
 import pickle
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
 
 from subquad import SubquadConfig, SubquadForCausalLM
+from subquad.generate import generate_batch
 from subquad.mixers import GatedDeltaNet
 from subquad.models import SubquadCache, language
 from subquad.models import graph as graphs_module
@@ -435,3 +437,80 @@ def test_generating_changes_nothing_that_a_graph_looks_at():
     before = shown(model)
     model.generate(torch.arange(6)[None], max_new_tokens=3, do_sample=False)
     assert before and shown(model) == before
+
+
+class Repeated(graphs_module.StepGraph):
+    """Steps on its own buffers as a StepGraph does, by running them anew."""
+
+    made: ClassVar[list] = []
+
+    def __init__(self, model, tokens, states):
+        self.settings, self.shown = graphs_module._settings(tokens), shown(model)
+        self.weights = [(weakref.ref(p), p.data_ptr()) for p in model.parameters()]
+        self.tokens = tokens.clone()
+        self.states = [{n: t.clone() for n, t in state.items()} for state in states]
+        self.flat, self.ours = graphs_module._flat(self.states), []
+        self.model = weakref.ref(model)
+        self.made.append(self)
+
+    def load(self, states):
+        for own, new in zip(self.states, states):
+            for name, tensor in new.items():
+                own[name].copy_(tensor)
+
+    def replay(self, tokens):
+        self.tokens.copy_(tokens)
+        return self._step(self.model()).clone()
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that were made, where a CPU decodes as a GPU does."""
+
+    def decodes(model, tokens, cache):
+        return tokens.shape[1:] == (1,) and cache.batch_size == len(tokens)
+
+    monkeypatch.setattr(Repeated, "made", [])
+    monkeypatch.setattr(graphs_module, "StepGraph", Repeated)
+    monkeypatch.setattr(graphs_module, "_decodes", decodes)
+    return Repeated.made
+
+
+@torch.no_grad()
+def test_leased_graphs_decode_what_steps_do(graphs, monkeypatch):
+    model, ids = build(), torch.arange(18).view(3, 6)
+    model.generation_config.eos_token_id = None
+    options = {"max_new_tokens": 8, "do_sample": False}
+    ways = [
+        lambda: model.generate(ids, **options),
+        lambda: model.generate(ids, num_beams=2, **options),
+        lambda: generate_batch(model, ids, max_new_tokens=8, temperature=0.9, seed=1),
+    ]
+    found = [[way() for _ in range(2)] for way in ways]
+    gc.collect()
+    assert len(graphs) == 2  # of three rows and of six
+    monkeypatch.setattr(language, "replay_step", lambda *_: None)
+    for way, (first, second) in zip(ways, found):
+        assert torch.equal(first, second) and torch.equal(first, way())
+
+
+@torch.no_grad()
+def test_a_state_put_in_by_hand_is_gone_on_from_and_spoils_no_graph(graphs, monkeypatch):
+    model, ids = build(), torch.arange(6)[None]
+
+    def decode(edited):
+        cache = SubquadCache(2)
+        model(ids, past_key_values=cache)
+        logits = []
+        for n in range(4):
+            if edited and n == 2:
+                cache.states[0]["recurrent"] = cache.states[0]["recurrent"] * 3
+            logits.append(model(ids[:, :1], past_key_values=cache, replay=True).logits)
+        return torch.cat(logits)
+
+    found = [decode(edited) for edited in (True, False)]
+    gc.collect()
+    assert len(graphs) == 1
+    monkeypatch.setattr(language, "replay_step", lambda *_: None)
+    assert all(map(torch.equal, found, [decode(edited) for edited in (True, False)]))
+    assert not torch.equal(*found)
