@@ -514,3 +514,21 @@ def test_a_state_put_in_by_hand_is_gone_on_from_and_spoils_no_graph(graphs, monk
     monkeypatch.setattr(language, "replay_step", lambda *_: None)
     assert all(map(torch.equal, found, [decode(edited) for edited in (True, False)]))
     assert not torch.equal(*found)
+
+
+@torch.no_grad()
+def test_a_cache_that_goes_from_model_to_model_is_moved_on_by_each(graphs, monkeypatch):
+    first, ids = build(), torch.arange(6)[None]
+    second = copy.deepcopy(first)
+    second.lm_head.weight.mul_(-1)
+
+    def decode():
+        cache = SubquadCache(2)
+        first(ids, past_key_values=cache)
+        models = (first, second, second, first)
+        return [m(ids[:, :1], past_key_values=cache, replay=True).logits for m in models]
+
+    found = decode()
+    assert len(graphs) >= 2
+    monkeypatch.setattr(language, "replay_step", lambda *_: None)
+    assert all(map(torch.equal, found, decode()))

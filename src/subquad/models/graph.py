@@ -46,6 +46,8 @@ def replay(model: Any, tokens: Tensor, cache: SubquadCache) -> Tensor | None:
     if len(states) < len(cache) or not shelf.fit:
         return None
     lease = cache.lease
+    if lease is not None and lease.shelf is not shelf:  # the cache went from model to model
+        lease = None
     held = lease is not None and lease.graph.holds(states)
     if lease is None or not _goes_on(lease.graph, model, tokens, states, held):
         held, lease = False, None if cache in shelf.stepwise else shelf.lend(model, tokens, states)
@@ -162,7 +164,7 @@ class Lease:
     """A cache's hold on a graph, which goes back on its model's shelf with the last of it."""
 
     def __init__(self, graph: StepGraph, shelf: _Shelf) -> None:
-        self.graph = graph
+        self.graph, self.shelf = graph, shelf
         weakref.finalize(self, shelf.put_back, graph).atexit = False
 
 
