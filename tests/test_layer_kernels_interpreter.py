@@ -170,7 +170,7 @@ def check_wrong_boundaries() -> None:
 
     T, D, W = 20, 3, 4
     x, weight, state = fenced(1, T, D), torch.ones(D, W), fenced(2, W - 1, D)
-    for ends in ([5, 9, T], [0, 25, 30], [0, -3, T], [-50, 900, T]):
+    for ends in ([5, 9, T], [0, 25, 30], [0, -3, T], [-50, 900, T], [0, 9, 12], [0, 0, 0]):
         bounds = torch.tensor(ends, dtype=torch.int32)
         y = short_convolution.convolve(x, weight, None, state, bounds, False)
         given = x, x, weight, None, state, bounds, False, True

@@ -197,4 +197,5 @@ def _sequences(tokens: int, cu_seqlens: Tensor | None) -> tuple[Tensor | None, T
         return None, None
     bounds = cu_seqlens.contiguous()
     index = torch.arange(tokens, device=bounds.device, dtype=bounds.dtype)
-    return torch.searchsorted(bounds[1:], index, right=True, out_int32=True), bounds
+    # Not by the last bound: where it is wrong, the tokens after it are the last sequence's.
+    return torch.searchsorted(bounds[1:-1], index, right=True, out_int32=True), bounds
