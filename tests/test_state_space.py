@@ -500,3 +500,12 @@ def test_integrators_may_be_convolved_and_growing_systems_simulated():
     assert_close(integrator.convolve(u), integrator.simulate(u)[0], rtol=1e-9, atol=1e-9)
     y, _ = GROWING.simulate(torch.ones(100, 1))
     assert y[-1].item() == pytest.approx((1.1**99 - 1) / 0.1)
+
+
+@pytest.mark.parametrize("wrong", [True, 2.0, 0])
+def test_a_number_of_steps_is_a_whole_one(wrong):
+    system = StateSpace(-torch.eye(2), torch.ones(2, 1), torch.ones(1, 2), torch.zeros(1, 1))
+    with pytest.raises(ValueError, match=r"^L: got .*; expected a number of steps, at least 1"):
+        system.discretize(0.1, "bilinear").kernel(wrong)
+    with pytest.raises(ValueError, match=r"^N: got"):
+        poles("lin", wrong)

@@ -26,6 +26,11 @@ def choose(argument: str, value: object, choices: Sequence[str]) -> None:
         raise fail(argument, repr(value), f"one of {', '.join(choices)}", "pick one of these names")
 
 
+def is_whole(x: object, least: int) -> bool:
+    """Whether x is an int, and at least `least`. True, an int to Python, is none here."""
+    return isinstance(x, int) and not isinstance(x, bool) and x >= least
+
+
 def check_tensor(
     name: str, x: object, ndim: int, layout: str, like: Tensor | None = None
 ) -> Tensor:

@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from subquad.recurrence.validate import fail
+from subquad.recurrence.validate import fail, is_whole
 from subquad.ssm.continuous import StateSpace
 from subquad.ssm.matrix import DPLR
 
@@ -46,7 +46,7 @@ def s4_kernel(system: StateSpace, dt: float, L: int) -> Tensor:
     A = system.A
     if not isinstance(A, DPLR):
         raise fail("system.A", type(A).__name__, "DPLR(lam, p, q)", "system.discretize().kernel(L)")
-    if not isinstance(L, int) or L < 1:
+    if not is_whole(L, 1):
         raise fail("L", repr(L), "a number of steps, at least 1", "s4_kernel(system, dt, 1000)")
     wide = system.to(torch.complex128)
     stepped = wide.discretize(dt, "bilinear")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subquad.recurrence.validate import fail
+from subquad.recurrence.validate import fail, is_whole
 from subquad.ssm.response import response
 from subquad.ssm.system import LinearSystem, check_batch, check_signal
 
@@ -62,7 +62,7 @@ class DiscreteStateSpace(LinearSystem):
         Raises:
             ValueError: if the system is so unstable that the kernel overflows before L.
         """
-        if not isinstance(L, int) or L < 1:
+        if not is_whole(L, 1):
             raise fail("L", repr(L), "a number of steps, at least 1", "kernel(1000)")
         D = self.through[..., None, :, :]
         later = response(self.matrix, self.B, self.C, L - 1)

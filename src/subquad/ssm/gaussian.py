@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subquad.recurrence.validate import choose, fail
+from subquad.recurrence.validate import choose, fail, is_whole
 from subquad.ssm import kalman, kalman_scan
 from subquad.ssm.continuous import StateSpace
 from subquad.ssm.discrete import DiscreteStateSpace
@@ -135,7 +135,7 @@ class GaussianStateSpace:
         self, T: int, u: Tensor | None = None, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
         """Draw states [...,T,N] and observations [...,T,O]."""
-        if not isinstance(T, int) or T < 1:
+        if not is_whole(T, 1):
             raise fail("T", repr(T), "a number of steps, at least 1", "sample(100)")
         system, batch = self.system, self.batch
 

@@ -26,7 +26,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from subquad.recurrence.validate import choose, fail
+from subquad.recurrence.validate import choose, fail, is_whole
 from subquad.ssm.discretize import METHODS, discretize
 from subquad.ssm.legendre import check_size, legendre, legs, legt, lmu, lmu_scale, stretch
 from subquad.ssm.matrix import Dense
@@ -164,7 +164,7 @@ class HiPPO:
                 time.
         """
         _check_coefficients(c, self.N)
-        if not isinstance(t, int) or t < 1:
+        if not is_whole(t, 1):
             raise fail("t", repr(t), "samples read so far, at least 1", "reconstruct(c, t)")
         samples = self.samples(t) if samples is None else samples
         age = t - samples.to(c.device).double() - 0.5

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from subquad.recurrence.validate import choose, fail
+from subquad.recurrence.validate import choose, fail, is_whole
 from subquad.ssm.nplr import nplr
 
 
@@ -23,7 +23,7 @@ def poles(init: str, N: int) -> Tensor:
         N: the size of the (real) state, even.
     """
     choose("init", init, ("legs", "inv", "lin", "real"))
-    if not isinstance(N, int) or N < 2 or N % 2:
+    if not is_whole(N, 2) or N % 2:
         raise fail("N", repr(N), "an even number, at least 2", "poles come in pairs")
     n = torch.arange(N // 2, dtype=torch.float64)
     if init == "real":

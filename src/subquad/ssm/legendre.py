@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from subquad.recurrence.validate import fail
+from subquad.recurrence.validate import fail, is_whole
 
 
 def legs(N: int) -> tuple[Tensor, Tensor]:
@@ -105,5 +105,5 @@ def _signs(N: int) -> Tensor:
 
 
 def check_size(N: object) -> None:
-    if not isinstance(N, int) or isinstance(N, bool) or N < 1:
+    if not is_whole(N, 1):
         raise fail("N", repr(N), "a whole number of coefficients, at least 1", "e.g. 64")

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from subquad.recurrence.validate import fail
+from subquad.recurrence.validate import fail, is_whole
 
 MADE = ("waves", "steps", "noise")
 SUFFIXES = (".csv", ".txt", ".dat", ".npy")
@@ -20,7 +20,7 @@ def make(name: str, T: int, seed: int = 0) -> Tensor:
     "waves": ten sinusoids of up to 15 periods. "steps": twelve levels, which no polynomial follows
     at the jumps. "noise": what no memory smaller than itself can hold.
     """
-    if not isinstance(T, int) or T < 2:
+    if not is_whole(T, 2):
         raise fail("length", repr(T), "at least 2 samples", "--length 1000")
     generator = torch.Generator().manual_seed(seed)
     if name == "noise":
