@@ -279,6 +279,23 @@ def gpu_scan() -> str:
     return "\n".join(lines)
 
 
+def gpu_packed() -> str:
+    """Forward + backward of packed sequences and, in a batch, of as many equal ones."""
+    report = json.loads((DOCS / "results" / "gpu-h200-packed.json").read_text("utf-8"))
+    found = {(row["sequences"], row["gate"]): row for row in report["rows"]}
+    gates = list(dict.fromkeys(gate for _, gate in found))
+    heads = GATES | {"none": "no decay"}
+    lines = [
+        "| sequences | " + " | ".join(f"{heads[gate]}: packed, equal" for gate in gates) + " |",
+        "|---|" + "---|" * len(gates),
+    ]
+    for sequences in dict.fromkeys(sequences for sequences, _ in found):
+        rows = [found[sequences, gate] for gate in gates]
+        cells = [f"{row['ours']['both_ms']:.2f}, {row['equal']['both_ms']:.2f}" for row in rows]
+        lines.append(f"| {sequences:,} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def gpu_crossing() -> str:
     """Forward and forward + backward against causal softmax attention, by length."""
     report = json.loads((DOCS / "results" / "gpu-h100.json").read_text("utf-8"))
@@ -342,6 +359,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu_peers": gpu_peers,
     "gpu_scan": gpu_scan,
     "gpu_crossing": gpu_crossing,
+    "gpu_packed": gpu_packed,
     "gpu_layers": gpu_layers,
     "gpu_training": gpu_training,
     "gpu_models": gpu_models,
