@@ -228,7 +228,7 @@ def stay_inside(ends: list[int], length: int) -> bool:
     chunk, tokens, queue = 32, 700, []
     found = layout.lay_out(1, tokens, length, torch.tensor(ends), chunk, queue)
     launch(queue)
-    begin, size, first = found.table[found.table[:, 1] > 0].unbind(1)
+    begin, size, first, *_ = found.table[found.table[:, 1] > 0].unbind(1)
     chunks = -(-tokens // chunk) + len(ends) - 2
     inside = (begin >= 0) & (begin + size <= tokens) & (first + -(-size // chunk) <= chunks)
     return bool(inside.all() and found.offsets.max() <= found.segments)
@@ -246,16 +246,18 @@ def are_cut_well(ends: list[int], length: int) -> bool:
     found = layout.lay_out(1, ends[-1], length, spread, chunk, queue)
     launch(queue)
     rows, offsets, chunks = [], [0], 0
-    for begin, end in pairwise(ends):
-        split = range(begin, end, length) if length < ends[-1] else [begin]
-        rows += [[at, min(length, end - at), chunks + (at - begin) // chunk] for at in split]
+    for number, (begin, end) in enumerate(pairwise(ends)):
+        for at in range(begin, max(end, begin + 1), length):
+            place = (at == begin) + 2 * (at + length >= end)  # first, last
+            chunk_here = chunks + (at - begin) // chunk
+            rows.append([at, min(length, end - at), chunk_here, number, place])
         offsets.append(len(rows))
         chunks += -(-(end - begin) // chunk)
-    left_over = found.table[len(rows) :, 1]
+    left_over = found.table[len(rows) :, [1, 3, 4]]
     return (
         found.offsets.tolist() == offsets
         and found.table[: len(rows)].tolist() == rows
-        and not left_over.any()
+        and (left_over == torch.tensor([0, -1, 3])).all().item()
     )
 
 

@@ -59,7 +59,7 @@ def blocks(size: int, tiles: Tiles) -> int:
 
 
 class Layout(NamedTuple):
-    """Segments of the token axis. `table` [segments, 3]: begin, length, first chunk (packed)."""
+    """Segments of the token axis; if packed, `table` [segments, 5] has what segments.py finds."""
 
     table: Tensor | None
     offsets: Tensor | None  # [sequences + 1], the first segment of each (packed)
@@ -70,8 +70,13 @@ class Layout(NamedTuple):
     sequences: int
 
     @property
+    def boundaries(self) -> int:
+        """Places between two segments of a sequence."""
+        return self.segments - self.sequences
+
+    @property
     def split(self) -> bool:
-        return self.segments != self.sequences
+        return self.boundaries > 0
 
     def walk(self, anything: Tensor) -> tuple[Tensor, int, int, int]:
         """The arguments from which every kernel finds its segment."""
@@ -119,18 +124,17 @@ def lay_out(
 
     cu_seqlens = cu_seqlens.contiguous()
     sequences = cu_seqlens.shape[0] - 1
-    split = per_row > 1
-    segments = per_row + sequences - 1 if split else sequences
+    segments = per_row + sequences - 1
     new = partial(torch.empty, device=cu_seqlens.device, dtype=torch.int64)
-    offsets, firsts, table = new(sequences + 1), new(sequences + 1), new(segments, 3)
+    bounds, offsets, firsts = (new(sequences + 1) for _ in range(3))
+    table = new(segments, 5)
     queue.append(launch_of(
         count_segments, (1,),
-        cu_seqlens, offsets, firsts, sequences, segments, tokens, length,
-        C=chunk, SPLIT=split, BLOCK=1024,
+        cu_seqlens, bounds, offsets, firsts, sequences, tokens, length, C=chunk, BLOCK=1024,
     ))  # fmt: skip
     queue.append(launch_of(
         cut_segments, (-(-segments // 128),),
-        cu_seqlens, offsets, firsts, table, sequences, segments, tokens, length,
+        bounds, offsets, firsts, table, sequences, segments, length,
         (sequences - 1).bit_length(), C=chunk, BLOCK=128,
     ))  # fmt: skip
     return Layout(table, offsets, tokens, length, per_row, segments, sequences)

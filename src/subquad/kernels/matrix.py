@@ -21,8 +21,7 @@ from .layout import KEY, blocks, choose_tiles, gate_kind, segment_length
 from .operator import operator
 from .passes import (
     empty_states,
-    enter_segments,
-    left_over,
+    join_segments,
     plan,
     scan_launches,
     states_to_keep,
@@ -110,7 +109,7 @@ def scan_forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, bonus: Tensor | None,
     state: Tensor | None, cu_seqlens: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Outputs [B,T,H,V], the state [B,H,K,V] that leaves each sequence, those that enter segments.
+    """Outputs [B,T,H,V], the state [B,H,K,V] that leaves each sequence, those between segments.
 
     The last are for the backward pass, and none where the sequences are not split.
     """
@@ -121,16 +120,13 @@ def scan_forward(
     state = None if state is None else state.contiguous()
     bonus = None if bonus is None else bonus.contiguous()
     o = torch.empty(v.shape, device=v.device, dtype=v.dtype)
-    entering, joined = empty_states(k, v, 0), None
-    if layout.split:
-        walk = (gate, layout, tiles, heads)
-        state, joined = enter_segments(k, v, *walk, state, False, 1.0, bonus, queue)
-        entering = state
-    finish = empty_states(k, v, layout.segments) if joined is None else None
-    queue += scan_launches(q, k, v, o, gate, layout, tiles, heads, scale=scale, bonus=bonus,
-                           start=state, finish=finish)  # fmt: skip
+    final = empty_states(k, v, layout.sequences)
+    walk = (gate, layout, tiles, heads)
+    states = join_segments(k, v, *walk, state, False, 1.0, bonus, queue)
+    queue += scan_launches(q, k, v, o, *walk, scale=scale, bonus=bonus, start=state,
+                           states=states, finish=final)  # fmt: skip
     launch(queue)
-    return o, left_over(joined, finish, layout, False), entering
+    return o, final, states
 
 
 @scan_forward.register_fake
@@ -144,39 +140,39 @@ def _(q, k, v, log_decay, bonus, state, cu_seqlens, scale):
 @replayed
 def scan_backward(
     do: Tensor, dfinal: Tensor | None, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None,
-    bonus: Tensor | None, state: Tensor | None, entering: Tensor, cu_seqlens: Tensor | None,
+    bonus: Tensor | None, state: Tensor | None, states: Tensor, cu_seqlens: Tensor | None,
     scale: float, with_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, log_decay (empty unless with_gate), bonus (empty if none), state."""
+    """Gradients of q, k, v, log_decay (empty unless with_gate), bonus (empty if none), state.
+
+    states: those between segments, as the forward pass left them.
+    """
     do, q, k, v = strided(do), strided(q), strided(k), strided(v)
     heads, width = v.shape[2], k.shape[-1]
     state = None if state is None else state.contiguous()
     dfinal = None if dfinal is None else dfinal.contiguous()
     if log_decay is not None and bonus is None and shared.takes(k, v, log_decay):
         dq, dk, dv, dslopes, dstate = shared.gradients(
-            do, dfinal, q, k, v, log_decay, state, entering, cu_seqlens, scale, with_gate
+            do, dfinal, q, k, v, log_decay, state, states, cu_seqlens, scale, with_gate
         )
         return dq, dk, dv, dslopes, v.new_empty(0), dstate
     queue: list[Launch] = []
     gate, layout, value_tiles, key_tiles = plan(k, v, log_decay, cu_seqlens, queue)
     bonus = None if bonus is None else bonus.contiguous()
 
-    joined = None
-    if layout.split:
-        state = entering
-        walk = (gate, layout, value_tiles, heads)
-        dfinal, joined = enter_segments(q, do, *walk, dfinal, True, scale, bonus, queue)
-    finish = empty_states(k, v, layout.segments) if joined is None else None
-
+    walk = (gate, layout, value_tiles, heads)
+    dstates = join_segments(q, do, *walk, dfinal, True, scale, bonus, queue)
+    dstate = empty_states(k, v, layout.sequences)
     dv = torch.empty(v.shape, device=v.device, dtype=v.dtype)
     dq = v.new_empty(*v.shape[:3], width)
     dk = torch.empty_like(dq)
-    reads = writes = ends = tails = dgate = dbonus = None
+    reads = writes = ends = lasts = tails = dgate = dbonus = None
     if with_gate and log_decay is not None:
         parts = blocks(width, key_tiles)
         channels = width if gate.kind == KEY else parts
         writes = reads = v.new_empty(*v.shape[:3], channels, dtype=torch.float32)
-        ends = empty_states(k, v, layout.segments)
+        ends = empty_states(k, v, layout.boundaries)
+        lasts = None if dfinal is None else empty_states(k, v, layout.sequences)
         if gate.fixed:  # summed over the tokens of a segment
             size = (layout.segments, heads, width)[: 3 if gate.kind == KEY else 2]
             dgate = v.new_empty(size, dtype=torch.float32)
@@ -189,11 +185,13 @@ def scan_backward(
         dbonus = v.new_empty(layout.segments, heads, width, dtype=torch.float32)
     run = partial(scan_launches, gate=gate, layout=layout, heads=heads, scale=scale, bonus=bonus)
     queue += [
-        *run(k, q, do, dv, tiles=value_tiles, reverse=True, start=dfinal, finish=finish),
-        *run(do, v, k, dq, tiles=key_tiles, out=True, start=state, finish=ends, partner=q,
-             reads=reads),
-        *run(v, do, q, dk, tiles=key_tiles, out=True, reverse=True, start=dfinal, ends=ends,
-             partner=k, reads=writes, totals=tails, dgate=dgate, dbonus=dbonus),
+        *run(k, q, do, dv, tiles=value_tiles, reverse=True, start=dfinal, states=dstates,
+             finish=dstate),
+        *run(do, v, k, dq, tiles=key_tiles, out=True, start=state, states=states, finish=lasts,
+             ends=ends, partner=q, reads=reads),
+        *run(v, do, q, dk, tiles=key_tiles, out=True, reverse=True, start=dfinal, states=dstates,
+             ends=ends, lasts=lasts, partner=k, reads=writes, totals=tails, dgate=dgate,
+             dbonus=dbonus),
     ]  # fmt: skip
     if tails is not None:
         from .gates import sum_slopes
@@ -206,7 +204,7 @@ def scan_backward(
     launch(queue)
     return (
         _unshare(dq, q), _unshare(dk, k), dv, _fold(dgate, log_decay, v), _fold(dbonus, bonus, v),
-        left_over(joined, finish, layout, True),
+        dstate,
     )  # fmt: skip
 
 
@@ -225,7 +223,7 @@ def _unshare(gradient: Tensor, like: Tensor) -> Tensor:
 
 
 @scan_backward.register_fake
-def _(do, dfinal, q, k, v, log_decay, bonus, state, entering, cu_seqlens, scale, with_gate):
+def _(do, dfinal, q, k, v, log_decay, bonus, state, states, cu_seqlens, scale, with_gate):
     sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dgate = log_decay.new_empty(log_decay.shape) if with_gate else v.new_empty(0)
     dbonus = v.new_empty(0) if bonus is None else bonus.new_empty(bonus.shape)
@@ -235,19 +233,19 @@ def _(do, dfinal, q, k, v, log_decay, bonus, state, entering, cu_seqlens, scale,
 
 def _save(ctx, inputs: tuple, output: tuple) -> None:
     *tensors, scale = inputs
-    *_, entering = output
-    ctx.save_for_backward(*tensors, entering)
-    ctx.mark_non_differentiable(entering)
+    *_, states = output
+    ctx.save_for_backward(*tensors, states)
+    ctx.mark_non_differentiable(states)
     ctx.scale = scale
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, do: Tensor | None, dfinal: Tensor | None, _: None) -> tuple:
-    q, k, v, log_decay, bonus, state, cu_seqlens, entering = ctx.saved_tensors
+    q, k, v, log_decay, bonus, state, cu_seqlens, states = ctx.saved_tensors
     do = torch.zeros_like(v) if do is None else do
     with_gate = log_decay is not None and ctx.needs_input_grad[3]
     dq, dk, dv, dgate, dbonus, dstate = scan_backward(
-        do, dfinal, q, k, v, log_decay, bonus, state, entering, cu_seqlens, ctx.scale, with_gate
+        do, dfinal, q, k, v, log_decay, bonus, state, states, cu_seqlens, ctx.scale, with_gate
     )
     return (
         dq, dk, dv, dgate if with_gate else None, None if bonus is None else dbonus,

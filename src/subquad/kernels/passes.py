@@ -104,9 +104,10 @@ def sum_gate(
 def scan_launches(
     r: Tensor | None, w: Tensor, x: Tensor, y: Tensor | None, gate: Gate, layout: Layout,
     tiles: Tiles, heads: int, *, out: bool = False, reverse: bool = False, scale: float = 1.0,
-    bonus: Tensor | None = None, start: Tensor | None = None, finish: Tensor | None = None,
-    totals: Tensor | None = None, partner: Tensor | None = None, ends: Tensor | None = None,
-    reads: Tensor | None = None, dgate: Tensor | None = None, dbonus: Tensor | None = None,
+    bonus: Tensor | None = None, start: Tensor | None = None, states: Tensor | None = None,
+    finish: Tensor | None = None, totals: Tensor | None = None, partner: Tensor | None = None,
+    ends: Tensor | None = None, lasts: Tensor | None = None, reads: Tensor | None = None,
+    dgate: Tensor | None = None, dbonus: Tensor | None = None,
 ) -> list[Launch]:  # fmt: skip
     """The launches of one scan; r=None carries the state only. scan.py names the parts."""
     read = r is not None
@@ -119,14 +120,16 @@ def scan_launches(
         "X_SHARE": heads // x.shape[2], "M": w.shape[-1], "N": x.shape[-1],
         "BM": padded(w.shape[-1]), "BN": tiles.columns, "C": tiles.chunk, "OUT": out,
         "REVERSE": reverse, "BONUS": bonus is not None, "READ": read, "START": start is not None,
-        "FINISH": finish is not None, "PACKED": layout.table is not None, "DOT": dot,
-        "PREC": precision, "num_warps": tiles.warps, "r_token": r.stride(1),
+        "SPLIT": layout.split, "FINISH": finish is not None,
+        "PACKED": layout.table is not None, "DOT": dot, "PREC": precision,
+        "num_warps": tiles.warps, "r_token": r.stride(1),
         "w_token": w.stride(1), "x_token": x.stride(1), "partner_token": partner.stride(1),
     }  # fmt: skip
     slopes = reads is not None
     grid = (layout.segments * heads * blocks(x.shape[-1], tiles),)
     heads_apart = (r.stride(2), w.stride(2), x.stride(2), partner.stride(2), gate.head)
-    tensors = [absent if z is None else z for z in (bonus, start, finish, totals, ends, reads)]
+    given = (bonus, start, states, finish, totals, ends, lasts, reads)
+    tensors = [absent if z is None else z for z in given]
     dbonus = absent if dbonus is None else dbonus
     y = absent if y is None else y
     sums = gate.sums or (x, x, x)
@@ -163,41 +166,31 @@ def _dot_type(dtype: torch.dtype) -> tuple[object, str]:
     return (tl.bfloat16, "tf32") if dtype == torch.bfloat16 else (tl.float32, "tf32x3")
 
 
-def enter_segments(
+def join_segments(
     w: Tensor, x: Tensor, gate: Gate, layout: Layout, tiles: Tiles, heads: int,
     start: Tensor | None, reverse: bool, scale: float, bonus: Tensor | None, queue: list[Launch],
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The state that enters each segment; and, if packed, the one that leaves each sequence."""
+) -> Tensor:  # fmt: skip
+    """The states between the segments of a sequence, [boundaries, H, K, V]."""
+    states = empty_states(w, x, layout.boundaries)
+    if not layout.split:
+        return states
     from .tiles import join
 
     width, columns = w.shape[-1], x.shape[-1]
-    states = x.new_empty(layout.segments, heads, width, columns, dtype=torch.float32)
-    totals = x.new_empty(layout.segments, heads, width, dtype=torch.float32)
+    totals = x.new_empty(layout.boundaries, heads, width, dtype=torch.float32)
     packed = layout.offsets is not None
-    final = empty_states(w, x, layout.sequences) if packed else None
     queue += scan_launches(None, w, x, None, gate, layout, tiles, heads, reverse=reverse,
-                           scale=scale, finish=states, totals=totals, bonus=bonus)  # fmt: skip
-    block = min(1024, padded(width * columns))
+                           scale=scale, states=states, totals=totals, bonus=bonus)  # fmt: skip
+    # Of many packed sequences most have nothing to join: few programs each.
+    block = min(4096 if packed else 1024, padded(width * columns))
     queue.append(launch_of(
         join, (layout.sequences * heads * -(-width * columns // block),),
-        states, states if start is None else start, final if packed else states, totals,
+        states, states if start is None else start, totals,
         layout.offsets if packed else totals, layout.per_row,
         H=heads, K=width, V=columns, BLOCK=block, GATED=gate.kind != NONE, REVERSE=reverse,
         START=start is not None, PACKED=packed,
     ))  # fmt: skip
-    return states, final
-
-
-def left_over(
-    joined: Tensor | None, finish: Tensor | None, layout: Layout, reverse: bool
-) -> Tensor:
-    """The states that leave the sequences: joined, or by the scan of each one's last segment."""
-    if finish is None:
-        assert joined is not None
-        return joined
-    if not layout.split:
-        return finish
-    return finish.unflatten(0, (-1, layout.per_row))[:, 0 if reverse else -1].clone()
+    return states
 
 
 def segment_tokens(k: Tensor, v: Tensor, kind: int) -> int:
@@ -210,12 +203,10 @@ def segment_tokens(k: Tensor, v: Tensor, kind: int) -> int:
 def states_to_keep(
     k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None
 ) -> int:  # fmt: skip
-    """How many states the forward pass leaves for the backward pass: one a segment if it splits."""
+    """How many states the forward pass leaves for the backward pass: those between segments."""
     batch, tokens = v.shape[:2]
     per_row = -(-tokens // segment_tokens(k, v, gate_kind(log_decay)))
-    if per_row == 1:
-        return 0
-    return batch * per_row if cu_seqlens is None else per_row + cu_seqlens.shape[0] - 2
+    return (batch if cu_seqlens is None else 1) * (per_row - 1)
 
 
 class Plan(NamedTuple):

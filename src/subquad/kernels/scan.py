@@ -30,7 +30,7 @@ from .tiles import (
     gap,
     load_tile,
     locate,
-    nothing_follows,
+    neighbours,
     two_parts,
 )
 
@@ -99,7 +99,8 @@ def read_state(state, r, WHOLE: tl.constexpr, DOT: tl.constexpr, PREC: tl.conste
 
 @triton.jit(do_not_specialize=["tokens", "seg_len", "per_row", "chunks_in_all"])
 def scan(
-    r, w, x, y, partner, gate, sums, fractions, bonus, start, finish, totals, ends, reads, dbonus,
+    r, w, x, y, partner, gate, sums, fractions, bonus, start, states, finish, totals, ends,
+    lasts, reads, dbonus,
     table, tokens, seg_len, per_row, chunks_in_all, y_scale, start_scale, finish_scale, one,
     r_head, w_head, x_head, partner_head, gate_head,
     r_token: tl.constexpr, w_token: tl.constexpr, x_token: tl.constexpr,
@@ -107,28 +108,33 @@ def scan(
     H: tl.constexpr, R_SHARE: tl.constexpr, W_SHARE: tl.constexpr, X_SHARE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
     GATE: tl.constexpr, OUT: tl.constexpr, REVERSE: tl.constexpr, BONUS: tl.constexpr,
-    READ: tl.constexpr, START: tl.constexpr, FINISH: tl.constexpr, SLOPES: tl.constexpr,
-    PACKED: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+    READ: tl.constexpr, START: tl.constexpr, SPLIT: tl.constexpr, FINISH: tl.constexpr,
+    SLOPES: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One segment, one head, BN output columns. See the module's docstring for the parts.
 
-    start, finish: states [segments, H, K, V] in and out; READ=False only carries the state, and
-    leaves the segment's summed gates in `totals` (of segments that another one follows).
+    start, finish: states [sequences, H, K, V] in and out; SPLIT: sequences have several segments,
+    and `states` [boundaries, H, K, V] are those between two. READ=False makes them: it only
+    carries the state, and leaves the segment's summed gates in `totals`.
 
     A gate's gradient is the sum over the tokens from it on of q.dq - k.dk, plus the state's
-    product with its own gradient at the segment's end (`ends`, which dq has left; dk leaves the
-    product in `totals`). SLOPES (in dq and dk) stores the dots of y with its partner, q or k, in
-    `reads`, for `sum_slopes`. Both sums see every pair of tokens once and all but the pairs across
-    the gate must cancel, to the bit: each dot takes its partner as rounded as the other scan takes
-    it, and the state is read whole.
+    product with its own gradient at the segment's end (the states there dq has left in `ends`, at
+    boundaries, and in `lasts`; dk leaves the product in `totals`). SLOPES (in dq and dk) stores the
+    dots of y with its partner, q or k, in `reads`, for `sum_slopes`. Both sums see every pair of
+    tokens once and all but the pairs across the gate must cancel, to the bit: each dot takes its
+    partner as rounded as the other scan takes it, and the state is read whole.
     """
     BLOCKS: tl.constexpr = (N + BN - 1) // BN
     pid = tl.program_id(0)
     block = pid % BLOCKS
     head = (pid // BLOCKS) % H
     segment = pid // (BLOCKS * H)
-    if not READ and not PACKED:  # noqa: SIM102 - known when compiling; what follows is not
-        if nothing_follows(segment, per_row, REVERSE):
+    sequence, is_first, is_last, behind, ahead = neighbours(
+        segment, table, per_row, PACKED, REVERSE
+    )
+    if not READ:  # noqa: SIM102 - known when compiling; what follows is not
+        if is_last:
             return
     begin, length, chunk = locate(segment, table, tokens, seg_len, per_row, PACKED, C)
     chunks = tl.cdiv(length, C)
@@ -153,16 +159,27 @@ def scan(
     else:
         cell = n[:, None] + m[None, :] * N
     inside = (n[:, None] < N) & (m[None, :] < M)
-    place = segment.to(tl.int64) * H + head
+    # Where its sequence's first and last state lie, and those of the boundaries on either side.
+    outer = cell + (sequence * H + head) * (M * N)
+    near = cell + (behind * H + head) * (M * N)
+    far = cell + (ahead * H + head) * (M * N)
+    enters = inside & is_first & (sequence >= 0)
+    leaves = inside & is_last & (sequence >= 0)
     state = tl.zeros([BN, BM], tl.float32)
+    end = tl.zeros([BN, BM], tl.float32)
     if START:
-        state += tl.load(start + place * (M * N) + cell, mask=inside, other=0.0) * start_scale
+        state += tl.load(start + outer, mask=enters, other=0.0) * start_scale
+        if SLOPES and REVERSE:
+            end += tl.load(lasts + outer, mask=enters, other=0.0)
+    if SPLIT and READ:
+        state += tl.load(states + near, mask=inside & (is_first == 0), other=0.0) * start_scale
+        if SLOPES and REVERSE:
+            end += tl.load(ends + near, mask=inside & (is_first == 0), other=0.0)
     if SLOPES and REVERSE:
         product = 0.0
-        if START:
-            end = tl.load(ends + place * (M * N) + cell, mask=inside, other=0.0)
-            product = tl.sum(tl.sum(state * end, 1), 0) * finish_scale
-        tl.store(totals + place * BLOCKS + block, product)
+        if START or SPLIT:
+            product += tl.sum(tl.sum(state * end, 1), 0) * finish_scale
+        tl.store(totals + (segment.to(tl.int64) * H + head) * BLOCKS + block, product)
     if BONUS:
         extra = tl.load(bonus + head * K + k, mask=k < K, other=0.0).to(tl.float32)
     bonus_grown = tl.zeros([BN], tl.float32)
@@ -246,8 +263,14 @@ def scan(
             state *= one
 
     if FINISH:
-        tl.store(finish + place * (M * N) + cell, state * finish_scale, mask=inside)
-    if not READ and GATE != NONE:
-        tl.store(totals + place * K + k, gone + tl.zeros_like(k), mask=(k < K) & (block == 0))
+        tl.store(finish + outer, state * finish_scale, mask=leaves)
+    if SPLIT and SLOPES and not REVERSE:
+        tl.store(ends + far, state * finish_scale, mask=inside & (is_last == 0))
+    if not READ:
+        tl.store(states + far, state * finish_scale, mask=inside)
+        if GATE != NONE:
+            at = (ahead * H + head) * K + k
+            tl.store(totals + at, gone + tl.zeros_like(k), mask=(k < K) & (block == 0))
     if BONUS_GRAD:
+        place = segment.to(tl.int64) * H + head
         tl.store(dbonus + place * N + n, bonus_grown, mask=n < N)

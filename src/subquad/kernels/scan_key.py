@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .chunk_key import far_chunk, near_chunk, sum_gates
-from .tiles import gap, load_gates, load_tile, locate, nothing_follows
+from .tiles import gap, load_gates, load_tile, locate, neighbours
 
 
 @triton.jit
@@ -25,8 +25,8 @@ def all_fit(fits, chunks):
 
 @triton.jit(do_not_specialize=["tokens", "seg_len", "per_row", "chunks_in_all"])
 def scan_key(
-    r, w, x, y, partner, gate, first, last, fits, bonus, start, finish, totals, ends,
-    reads, dgate, dbonus,
+    r, w, x, y, partner, gate, first, last, fits, bonus, start, states, finish, totals,
+    ends, lasts, reads, dgate, dbonus,
     table, tokens, seg_len, per_row, chunks_in_all, y_scale, start_scale, finish_scale,
     r_head, w_head, x_head, partner_head, gate_head,
     r_token: tl.constexpr, w_token: tl.constexpr, x_token: tl.constexpr,
@@ -34,9 +34,10 @@ def scan_key(
     H: tl.constexpr, R_SHARE: tl.constexpr, W_SHARE: tl.constexpr, X_SHARE: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
     FIXED: tl.constexpr, OUT: tl.constexpr, REVERSE: tl.constexpr,
-    BONUS: tl.constexpr, READ: tl.constexpr, START: tl.constexpr, FINISH: tl.constexpr,
-    KEEP_READS: tl.constexpr, GATE_GRAD: tl.constexpr, FAR: tl.constexpr, PACKED: tl.constexpr,
-    PARTS: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr, STAGES: tl.constexpr,
+    BONUS: tl.constexpr, READ: tl.constexpr, START: tl.constexpr, SPLIT: tl.constexpr,
+    FINISH: tl.constexpr, KEEP_READS: tl.constexpr, GATE_GRAD: tl.constexpr, FAR: tl.constexpr,
+    PACKED: tl.constexpr, PARTS: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One segment, one head, BN output columns; parts and states as in `scan`.
 
@@ -45,15 +46,18 @@ def scan_key(
     is fetched ahead and the registers of one spill for the other's sake.
 
     A gate's gradient, as in `scan`, is a sum of q.dq - k.dk: KEEP_READS (in dq) stores q.dq in
-    `reads`; GATE_GRAD (in dk) takes them up, and the `ends` that dq has left.
+    `reads`; GATE_GRAD (in dk) takes them up, and the states that dq has left.
     """
     BLOCKS: tl.constexpr = (N + BN - 1) // BN
     pid = tl.program_id(0)
     block = pid % BLOCKS
     head = (pid // BLOCKS) % H
     segment = pid // (BLOCKS * H)
-    if not READ and not PACKED:  # noqa: SIM102 - known when compiling; what follows is not
-        if nothing_follows(segment, per_row, REVERSE):
+    sequence, is_first, is_last, behind, ahead = neighbours(
+        segment, table, per_row, PACKED, REVERSE
+    )
+    if not READ:  # noqa: SIM102 - known when compiling; what follows is not
+        if is_last:
             return
     begin, length, chunk = locate(segment, table, tokens, seg_len, per_row, PACKED, C)
     chunks = tl.cdiv(length, C)
@@ -84,16 +88,26 @@ def scan_key(
     else:
         cell = m[:, None] * N + n[None, :]
     inside = (m[:, None] < M) & (n[None, :] < N)
+    outer = cell + (sequence * H + head) * (M * N)
+    near_by = cell + (behind * H + head) * (M * N)
+    far_off = cell + (ahead * H + head) * (M * N)
+    enters = inside & is_first & (sequence >= 0)
+    leaves = inside & is_last & (sequence >= 0)
     state = tl.zeros([BM, BN], tl.float32)
-    place = segment.to(tl.int64) * H + head
+    end = tl.zeros([BM, BN], tl.float32)
     if START:
-        state += tl.load(start + place * (M * N) + cell, mask=inside, other=0.0) * start_scale
+        state += tl.load(start + outer, mask=enters, other=0.0) * start_scale
+        if GATE_GRAD:
+            end += tl.load(lasts + outer, mask=enters, other=0.0)
+    if SPLIT and READ:
+        state += tl.load(states + near_by, mask=inside & (is_first == 0), other=0.0) * start_scale
+        if GATE_GRAD:
+            end += tl.load(ends + near_by, mask=inside & (is_first == 0), other=0.0)
     if BONUS:
         extra = tl.load(bonus + head * G + g, mask=g < G, other=0.0).to(tl.float32)
     gone = tl.zeros([BN if OUT else BM], tl.float32)
     later = tl.zeros([BN], tl.float32)  # the gates' gradient after the chunk
-    if GATE_GRAD and START:
-        end = tl.load(ends + place * (M * N) + cell, mask=inside, other=0.0)
+    if GATE_GRAD and (START or SPLIT):
         later += tl.sum(state * end, 0) * finish_scale
     grown = tl.zeros([BN], tl.float32)
     bonus_grown = tl.zeros([BN], tl.float32)
@@ -173,9 +187,13 @@ def scan_key(
             tl.store(y + token * N + tile, (y_CN * y_scale).to(y.dtype.element_ty), mask=real)
 
     if FINISH:
-        tl.store(finish + place * (M * N) + cell, state * finish_scale, mask=inside)
+        tl.store(finish + outer, state * finish_scale, mask=leaves)
+    if SPLIT and KEEP_READS:
+        tl.store(ends + far_off, state * finish_scale, mask=inside & (is_last == 0))
     if not READ:
-        tl.store(totals + place * G + g, gone, mask=(g < G) & (block == 0))
+        tl.store(states + far_off, state * finish_scale, mask=inside)
+        tl.store(totals + (ahead * H + head) * G + g, gone, mask=(g < G) & (block == 0))
+    place = segment.to(tl.int64) * H + head
     if GATE_GRAD and FIXED:
         tl.store(dgate + place * N + n, grown, mask=n < N)
     if BONUS_GRAD:

@@ -1,72 +1,74 @@
 """The segments of packed sequences, found on the device: nothing waits for their lengths.
 
-Boundaries are held inside the tokens there are, as no one has looked at them: wrong ones give wrong
-numbers, but no access outside of a tensor.
+No one has looked at the boundaries either, so they are held inside the tokens there are, and never
+fall: wrong ones give wrong numbers, but no access outside of a tensor.
 """
 
 import triton
 import triton.language as tl
 
+from .tiles import FIRST, LAST
 
-@triton.jit(do_not_specialize=["sequences", "segments", "tokens", "length"])
+
+@triton.jit(do_not_specialize=["sequences", "tokens", "length"])
 def count_segments(
-    cu_seqlens, offsets, firsts, sequences, segments, tokens, length,
-    C: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    cu_seqlens, bounds, offsets, firsts, sequences, tokens, length,
+    C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The first segment and the first chunk of each sequence (offsets, firsts; [sequences + 1]).
+    """The first token, segment and chunk of each sequence (bounds, offsets, firsts), and the ends.
 
-    One program. Not SPLIT: a segment each, though the sequence be empty.
+    One program. An empty sequence has a segment, too: it hands the state on.
     """
     s = tl.arange(0, BLOCK)
+    highest = tl.zeros([], tl.int64)
     segment = tl.zeros([], tl.int64)
     chunk = tl.zeros([], tl.int64)
     for s0 in range(0, sequences + 1, BLOCK):
-        real = s0 + s < sequences
-        begin, end = boundaries(cu_seqlens, s0 + s, real, tokens)
-        if SPLIT:
-            pieces = tl.cdiv(end - begin, length)
-        else:
-            pieces = real.to(tl.int64)
-        chunks = tl.cdiv(end - begin, C)
         inside = s0 + s <= sequences
-        before = segment + tl.cumsum(pieces, 0) - pieces
-        tl.store(offsets + s0 + s, tl.minimum(before, segments), mask=inside)
+        real = s0 + s < sequences
+        begin = tl.load(cu_seqlens + s0 + s, mask=inside, other=0).to(tl.int64)
+        end = tl.load(cu_seqlens + s0 + s + 1, mask=real, other=0).to(tl.int64)
+        begin = tl.associative_scan(tl.minimum(begin, tokens), 0, larger)
+        begin = tl.maximum(begin, highest)
+        size = tl.maximum(tl.minimum(end, tokens) - begin, 0)
+        pieces = tl.where(real, tl.maximum(tl.cdiv(size, length), 1), 0)
+        chunks = tl.cdiv(size, C)
+        tl.store(bounds + s0 + s, begin, mask=inside)
+        tl.store(offsets + s0 + s, segment + tl.cumsum(pieces, 0) - pieces, mask=inside)
         tl.store(firsts + s0 + s, chunk + tl.cumsum(chunks, 0) - chunks, mask=inside)
+        highest = tl.max(begin, 0)
         segment += tl.sum(pieces, 0)
         chunk += tl.sum(chunks, 0)
 
 
-@triton.jit(do_not_specialize=["sequences", "segments", "tokens", "length", "halvings"])
+@triton.jit
+def larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit(do_not_specialize=["sequences", "segments", "length", "halvings"])
 def cut_segments(
-    cu_seqlens, offsets, firsts, table, sequences, segments, tokens, length, halvings,
+    bounds, offsets, firsts, table, sequences, segments, length, halvings,
     C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The table of segments: first token, length, first chunk. Those left over are empty."""
+    """The table of segments, as `locate` and `neighbours` read it. Those left over are empty."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    # The last sequence that begins with this segment or before; empty ones have none.
-    low = tl.zeros([BLOCK], tl.int32)
+    low = tl.zeros([BLOCK], tl.int32)  # the last sequence that begins here or before
     high = low + sequences - 1
     for _ in range(halvings):
         middle = (low + high + 1) // 2
         begun = tl.load(offsets + middle) <= index
         low = tl.where(begun, middle, low)
         high = tl.where(begun, high, middle - 1)
+    used = index < tl.load(offsets + sequences)
     into = (index - tl.load(offsets + low)) * length
-    begin, end = boundaries(cu_seqlens, low, low < sequences, tokens)
-    size = tl.minimum(tl.maximum(end - begin - into, 0), length)
-    place = table + index.to(tl.int64) * 3
+    begin = tl.load(bounds + low)
+    left = tl.load(bounds + low + 1) - begin - into
+    ends = tl.where((into == 0) | ~used, FIRST, 0) + tl.where((left <= length) | ~used, LAST, 0)
+    place = table + index.to(tl.int64) * 5
     inside = index < segments
     tl.store(place, begin + into, mask=inside)
-    tl.store(place + 1, size, mask=inside)
-    # Sequences that overlap have more chunks than there is room for; others never.
-    most = tl.cdiv(tokens, C) + sequences - 1 - tl.cdiv(size, C)
-    tl.store(place + 2, tl.minimum(tl.load(firsts + low) + into // C, most), mask=inside)
-
-
-@triton.jit
-def boundaries(cu_seqlens, sequence, real, tokens):
-    """Where sequences begin and end (both 0 where not `real`)."""
-    begin = tl.load(cu_seqlens + sequence, mask=real, other=0).to(tl.int64)
-    end = tl.load(cu_seqlens + sequence + 1, mask=real, other=0).to(tl.int64)
-    begin = tl.minimum(tl.maximum(begin, 0), tokens)
-    return begin, tl.minimum(tl.maximum(end, begin), tokens)
+    tl.store(place + 1, tl.where(used, tl.minimum(left, length), 0), mask=inside)
+    tl.store(place + 2, tl.load(firsts + low) + into // C, mask=inside)
+    tl.store(place + 3, tl.where(used, low, -1), mask=inside)
+    tl.store(place + 4, ends, mask=inside)

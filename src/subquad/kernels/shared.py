@@ -10,8 +10,7 @@ from .layout import Layout, Tiles, lay_out, padded, processors, roomy
 from .passes import (
     Gate,
     empty_states,
-    enter_segments,
-    left_over,
+    join_segments,
     prepare_gate,
     segment_tokens,
     sum_gate,
@@ -43,20 +42,15 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, log_decay (empty unless with_gate) and the initial state.
 
-    entering: the states that entered the segments of the forward pass, if it was split.
+    entering: the states between the segments of the forward pass.
     """
     batch, tokens, heads, width = v.shape
     queue: list[Launch] = []
     gate = sum_gate(prepare_gate(log_decay, v), k, v, cu_seqlens, CHUNK, queue)
     length = segment_tokens(k, v, gate.kind)
     walk = lay_out(batch, tokens, length, cu_seqlens, CHUNK, queue)
-    joined = None
-    if walk.split:
-        state = entering
-        dfinal, joined = enter_segments(
-            q, do, gate, walk, WALK, heads, dfinal, True, scale, None, queue
-        )
-    finish = empty_states(k, v, walk.segments) if joined is None else None
+    leaving = join_segments(q, do, gate, walk, WALK, heads, dfinal, True, scale, None, queue)
+    dstate = empty_states(k, v, walk.sequences)
     cut = lay_out(batch, tokens, CHUNK, cu_seqlens, CHUNK, queue)
     states, dstates = (v.new_empty(cut.segments, heads, width, k.shape[-1]) for _ in range(2))
 
@@ -69,8 +63,8 @@ def gradients(
     dv = torch.empty(v.shape, device=v.device, dtype=v.dtype)
     dgate = v.new_empty(v.shape[:3] if with_gate else 0, dtype=torch.float32)
     queue += [
-        _walk(k, v, gate, walk, state, states, None, 1.0, False),
-        _walk(q, do, gate, walk, dfinal, dstates, finish, scale, True),
+        _walk(k, v, gate, walk, state, entering, states, None, 1.0, False),
+        _walk(q, do, gate, walk, dfinal, leaving, dstates, dstate, scale, True),
         *_chunks(q, k, v, do, gate, cut, states, dstates, dq, dk, dv, dgate, scale, parts, each),
     ]
     launch(queue)
@@ -79,7 +73,7 @@ def gradients(
     if with_gate and gate.fixed:
         dgate = dgate.sum((0, 1))
     dgate = dgate.to(log_decay.dtype) if with_gate else v.new_empty(0)
-    return dq.view(k.shape), dk.view(k.shape), dv, dgate, left_over(joined, finish, walk, True)
+    return dq.view(k.shape), dk.view(k.shape), dv, dgate, dstate
 
 
 def _common(k: Tensor, v: Tensor, gate: Gate, layout: Layout) -> dict:
@@ -93,20 +87,21 @@ def _common(k: Tensor, v: Tensor, gate: Gate, layout: Layout) -> dict:
 
 
 def _walk(
-    w: Tensor, x: Tensor, gate: Gate, layout: Layout, start: Tensor | None, states: Tensor,
-    finish: Tensor | None, scale: float, reverse: bool,
+    w: Tensor, x: Tensor, gate: Gate, layout: Layout, start: Tensor | None, entering: Tensor,
+    states: Tensor, finish: Tensor | None, scale: float, reverse: bool,
 ) -> Launch:  # fmt: skip
     from .shared_keys import chunk_states
 
     sums = x if gate.sums is None else gate.sums[0]
     arguments = (
-        w, x, gate.values, sums, x if start is None else start, states,
+        w, x, gate.values, sums, x if start is None else start, entering, states,
         x if finish is None else finish, *layout.walk(x), sums.shape[1], scale,
         w.stride(2), x.stride(2), gate.head,
     )  # fmt: skip
     options = _common(w, x, gate, layout) | {
         "w_token": w.stride(1), "x_token": x.stride(1), "REVERSE": reverse,
-        "START": start is not None, "FINISH": finish is not None, **_of(WALK),
+        "START": start is not None, "SPLIT": layout.split, "FINISH": finish is not None,
+        **_of(WALK),
     }  # fmt: skip
     return Launch(chunk_states, (layout.segments * x.shape[2],), arguments, options)
 

@@ -16,23 +16,24 @@ import triton
 import triton.language as tl
 
 from .scan import fixed_decays, fixed_gate, head_decays
-from .tiles import HEAD, HEAD_FIXED, load_tile, locate
+from .tiles import HEAD, HEAD_FIXED, load_tile, locate, neighbours
 
 
 @triton.jit(do_not_specialize=["tokens", "seg_len", "per_row", "chunks_in_all"])
 def chunk_states(
-    w, x, gate, sums, start, states, finish,
+    w, x, gate, sums, start, entering, states, finish,
     table, tokens, seg_len, per_row, chunks_in_all, scale,
     w_head, x_head, gate_head, w_token: tl.constexpr, x_token: tl.constexpr,
     H: tl.constexpr, SHARE: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, C: tl.constexpr, GATE: tl.constexpr,
-    REVERSE: tl.constexpr, START: tl.constexpr, FINISH: tl.constexpr, PACKED: tl.constexpr,
-    DOT: tl.constexpr, STAGES: tl.constexpr,
+    REVERSE: tl.constexpr, START: tl.constexpr, SPLIT: tl.constexpr, FINISH: tl.constexpr,
+    PACKED: tl.constexpr, DOT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The state that enters each chunk of a segment, `states` [chunks, H, V, K], bfloat16.
 
     w, x = k, v; or REVERSE q, do: the gradient of the state that leaves each chunk.
-    start, finish: [segments, H, K, V], what enters and what leaves the segment.
+    start, finish: [sequences, H, K, V], what enters and what leaves the sequences. SPLIT: they have
+    several segments, and `entering` [boundaries, H, K, V] holds the states between two.
     """
     BLOCKS: tl.constexpr = (V + BV - 1) // BV
     pid = tl.program_id(0)
@@ -46,12 +47,17 @@ def chunk_states(
     m = block * BV + tl.arange(0, BV)
     inside = (m[:, None] < V) & (n[None, :] < K)
     cell = m[:, None] + n[None, :] * V
-    place = (segment.to(tl.int64) * H + head) * (K * V)
+    sequence, is_first, is_last, behind, _ = neighbours(segment, table, per_row, PACKED, REVERSE)
+    outer = (sequence * H + head) * (K * V) + cell
     w += begin * w_token + (head // SHARE) * w_head
     x += begin * x_token + head * x_head
     state = tl.zeros([BV, BK], tl.float32)
     if START:
-        state += tl.load(start + place + cell, mask=inside, other=0.0)
+        enters = inside & is_first & (sequence >= 0)
+        state += tl.load(start + outer, mask=enters, other=0.0)
+    if SPLIT:
+        near = (behind * H + head) * (K * V) + cell
+        state += tl.load(entering + near, mask=inside & (is_first == 0), other=0.0)
     if GATE == HEAD_FIXED:
         step_gate = fixed_gate(gate + head * gate_head)
 
@@ -84,7 +90,8 @@ def chunk_states(
         state = tl.dot(tl.trans(moved), w_CK, state * tl.exp2(total))
 
     if FINISH:
-        tl.store(finish + place + cell, state, mask=inside)
+        leaves = inside & is_last & (sequence >= 0)
+        tl.store(finish + outer, state, mask=leaves)
 
 
 @triton.jit

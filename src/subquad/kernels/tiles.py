@@ -21,6 +21,11 @@ HEAD_FIXED = tl.constexpr(1)
 HEAD = tl.constexpr(2)
 
 
+# Bits of what `segments.py` says of a segment's place in its sequence.
+FIRST = tl.constexpr(1)
+LAST = tl.constexpr(2)
+
+
 @triton.jit
 def at_least(gate, floor):
     """A gate that is no number stays none: Triton's maximum would make it the floor, "forget"."""
@@ -31,9 +36,9 @@ def at_least(gate, floor):
 def locate(segment, table, tokens, length, per_row, PACKED: tl.constexpr, C: tl.constexpr):
     """First token, length, and first chunk (counted over the whole call) of a segment."""
     if PACKED:
-        begin = tl.load(table + segment * 3)
-        length = tl.load(table + segment * 3 + 1).to(tl.int32)
-        chunk = tl.load(table + segment * 3 + 2)
+        begin = tl.load(table + segment * 5)
+        length = tl.load(table + segment * 5 + 1).to(tl.int32)
+        chunk = tl.load(table + segment * 5 + 2)
     else:
         row = (segment // per_row).to(tl.int64)
         offset = (segment % per_row) * length
@@ -44,12 +49,27 @@ def locate(segment, table, tokens, length, per_row, PACKED: tl.constexpr, C: tl.
 
 
 @triton.jit
-def nothing_follows(segment, per_row, REVERSE: tl.constexpr):
-    """Whether a segment is the last of its row to be scanned: no other waits for its state."""
-    if REVERSE:
-        return segment % per_row == 0
+def neighbours(segment, table, per_row, PACKED: tl.constexpr, REVERSE: tl.constexpr):
+    """How a segment is tied to others, as the scan goes: its sequence (-1: none, it is left over),
+    whether it is the sequence's first and last, the boundaries where it sets out and where it ends.
+
+    A boundary lies between two segments of a sequence; they are counted through all sequences,
+    each of which has one less than it has segments.
+    """
+    if PACKED:
+        sequence = tl.load(table + segment * 5 + 3)
+        ends = tl.load(table + segment * 5 + 4)
+        first = (ends & FIRST) != 0
+        last = (ends & LAST) != 0
     else:
-        return segment % per_row == per_row - 1
+        sequence = (segment // per_row).to(tl.int64)
+        first = segment % per_row == 0
+        last = segment % per_row == per_row - 1
+    boundary = segment - sequence
+    if REVERSE:
+        return sequence, last, first, boundary, boundary - 1
+    else:
+        return sequence, first, last, boundary - 1, boundary
 
 
 @triton.jit
@@ -85,14 +105,11 @@ def two_parts(x):
 
 @triton.jit(do_not_specialize=["per_row"])
 def join(
-    states, start, finish, totals, offsets, per_row,
+    states, start, totals, offsets, per_row,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
     GATED: tl.constexpr, REVERSE: tl.constexpr, START: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Turn each segment's own end state into the state that enters it.
-
-    PACKED: also store the state that leaves each sequence; otherwise its last scan finds it.
-    """
+    """Turn what each segment alone leaves at its boundary into the state there."""
     pid = tl.program_id(0)
     BLOCKS: tl.constexpr = (K * V + BLOCK - 1) // BLOCK
     cell = (pid % BLOCKS) * BLOCK + tl.arange(0, BLOCK)
@@ -100,25 +117,25 @@ def join(
     sequence = (pid // (BLOCKS * H)).to(tl.int64)
     if PACKED:
         begin = tl.load(offsets + sequence)
-        segments = (tl.load(offsets + sequence + 1) - begin).to(tl.int32)
+        boundaries = (tl.load(offsets + sequence + 1) - begin).to(tl.int32) - 1
+        begin -= sequence
     else:
-        begin = sequence * per_row
-        segments = per_row
+        boundaries = per_row - 1
+        begin = sequence * boundaries
+    if boundaries < 1:
+        return
     inside = cell < K * V
     carry = tl.zeros([BLOCK], tl.float32)
     if START:
         carry += tl.load(start + (sequence * H + head) * K * V + cell, mask=inside, other=0.0)
-    for step in range(0, segments):
+    for step in range(0, boundaries):
         if REVERSE:
-            segment = begin + segments - 1 - step
+            boundary = begin + boundaries - 1 - step
         else:
-            segment = begin + step
-        place = (segment * H + head) * K * V + cell
-        grown = tl.load(states + place, mask=inside, other=0.0)
-        tl.store(states + place, carry, mask=inside)
+            boundary = begin + step
+        place = (boundary * H + head) * K * V + cell
         if GATED:
-            total = tl.load(totals + (segment * H + head) * K + cell // V, mask=inside, other=0.0)
+            total = tl.load(totals + (boundary * H + head) * K + cell // V, mask=inside, other=0.0)
             carry *= tl.exp(total)
-        carry += grown
-    if PACKED:
-        tl.store(finish + (sequence * H + head) * K * V + cell, carry, mask=inside)
+        carry += tl.load(states + place, mask=inside, other=0.0)
+        tl.store(states + place, carry, mask=inside)
