@@ -112,7 +112,9 @@ def copy_rate() -> float:
     )
 
 
-def measure(run: Callable[..., Tensor], tensors: list, gate: Tensor | None) -> dict[str, float]:
+def measure(
+    run: Callable[..., Tensor], tensors: list, gate: Tensor | None, capture: bool = True
+) -> dict[str, float | None]:
     from triton.testing import do_bench
 
     do = torch.randn_like(tensors[2])
@@ -132,12 +134,12 @@ def measure(run: Callable[..., Tensor], tensors: list, gate: Tensor | None) -> d
     timing = {"warmup": 20, "rep": 60, "return_mode": "median"}
     with torch.no_grad():
         forward = do_bench(lambda: run(*tensors, gate), **timing)
-        forward_graph = replayed(lambda: run(*tensors, gate))
+        forward_graph = replayed(lambda: run(*tensors, gate)) if capture else None
     return {
         "forward_ms": forward,
         "both_ms": do_bench(both, **timing),
         "forward_graph_ms": forward_graph,
-        "both_graph_ms": replayed(both),
+        "both_graph_ms": replayed(both) if capture else None,
         "peak_MiB": peak / 2**20,
         "first_call_s": first,
     }
@@ -302,8 +304,9 @@ def packed(args: argparse.Namespace) -> Iterator[dict]:
             row = {"sequences": sequences, "gate": gate}
             row |= measured("ours", partial(partial, ours, cu_seqlens=ends), *given)
             row |= measured("equal", lambda: ours, *inputs(equal, gate))
-            for peer in args.peers:
-                row |= measured(peer, partial(PEERS[peer], gate, PACKED_SHAPE, ends), *given)
+            for peer in args.peers:  # fla reads packed lengths on the host: nothing to capture
+                find = partial(PEERS[peer], gate, PACKED_SHAPE, ends)
+                row |= measured(peer, find, *given, capture=False)
             times = {n: r.get("both_ms") for n, r in row.items() if isinstance(r, dict)}
             print(sequences, gate, times, flush=True)
             yield row
@@ -316,10 +319,13 @@ def drawn_ends(sequences: int) -> Tensor:
     return torch.tensor([0, *cuts.tolist(), tokens], dtype=torch.int32, device="cuda")
 
 
-def measured(name: str, find: Callable[[], Callable], tensors: list, gate: Tensor | None) -> dict:
+def measured(
+    name: str, find: Callable[[], Callable], tensors: list, gate: Tensor | None,
+    capture: bool = True,
+) -> dict:  # fmt: skip
     """{name: figures} of what `find` returns."""
     try:
-        return {name: measure(find(), tensors, gate)}
+        return {name: measure(find(), tensors, gate, capture)}
     except Exception as error:  # a peer that cannot run is a result
         return {name: {"error": f"{type(error).__name__}: {error}"[:200]}}
 
