@@ -1,7 +1,7 @@
 """Work for the GPU kernels beside the scan, shared by the interpreter's tests and the device's.
 
-One decoded token of the matrix recurrence, the short convolution, gated norms: inputs, what the
-kernels make of them, and what PyTorch does (in float64 that is the truth).
+One decoded token of the matrix recurrence, the short convolution, gated norms, losses: inputs, what
+the kernels make of them, and what PyTorch does (in float64 that is the truth).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.kernels import matrix_step, norm, short_convolution, timestep
+from subquad.kernels import loss, matrix_step, norm, short_convolution, timestep
 from subquad.recurrence import reference
 from subquad.recurrence.convolution import _convolve
 from subquad.recurrence.norm import _plain
@@ -229,3 +229,60 @@ def steps(
         return ((x * step[..., None]).to(x.dtype), log_decay) if values else (log_decay,)
 
     return Work(ours, torch_form, inputs, keep=("dt_bias", "A_log"))
+
+
+# ---- losses
+
+
+def losses(
+    shape: tuple[int, ...] = (2, 9, 50), labels: torch.dtype = torch.int64, offset: float = 0.0
+) -> Work:
+    """shape: of the logits; some labels are -100. offset: added to all logits."""
+    torch.manual_seed(0)
+    inputs = {"logits": 4 * _strided(*shape) + offset}
+    due = torch.randint(0, shape[-1], shape[:-1], dtype=labels)
+    due[..., ::4] = -100
+    due[..., -1] = shape[-1] - 1
+
+    def ours(logits):
+        return (loss.cross_entropy(logits, due.to(logits.device))[0],)
+
+    def torch_form(logits):
+        kept = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        flat = logits.to(kept).flatten(0, -2), due.to(logits.device).long().flatten()
+        return (F.cross_entropy(*flat, reduction="none").view(due.shape),)
+
+    return Work(ours, torch_form, inputs)
+
+
+def check_odd_losses(device: str) -> None:
+    """Raise where rows that are no common ones have not the losses and gradients of PyTorch's."""
+    V = 5000  # more than one block
+    logits = torch.randn(9, V, device=device)
+    logits[1, :4500] = -torch.inf  # all of the first block
+    logits[2, 7] = -torch.inf
+    logits[3] = -torch.inf
+    logits[4, 4800] = torch.inf
+    logits[5, 5] = torch.nan
+    logits[6] = torch.nan
+    logits[7] *= 1e30
+    labels = torch.full((9,), 4700, device=device)
+    labels[2], labels[8] = 7, -100
+    one = torch.randn(3, 1, device=device), labels.new_zeros(3)  # token in the vocabulary
+    for x, due in ((logits, labels), one, (logits[:0], labels[:0])):
+        leaves = x.clone().requires_grad_(), x.clone().requires_grad_()
+        ours = loss.cross_entropy(leaves[0], due)[0]
+        theirs = F.cross_entropy(leaves[1], due, reduction="none")
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+        mine, grad = (torch.autograd.grad(y.sum(), x)[0] for y, x in zip((ours, theirs), leaves))
+        torch.testing.assert_close(mine, grad, equal_nan=True)
+    # Where PyTorch reads outside of the logits or, on a GPU, ends the process.
+    wrong = torch.tensor([V, -1, 2**40, -(2**40), 4700], device=device)
+    leaf = logits[:1].repeat(5, 1).requires_grad_()
+    found = loss.cross_entropy(leaf, wrong)[0]
+    (grad,) = torch.autograd.grad(found.sum(), leaf)
+    assert found.isnan().tolist() == grad.isnan().all(1).tolist() == [True] * 4 + [False]
+    # Rows that count for nothing are not looked at, whatever is in them.
+    leaf = logits.clone().requires_grad_()
+    found = loss.cross_entropy(leaf, torch.full_like(labels, -100))[0]
+    assert not found.any() and not torch.autograd.grad(found.sum(), leaf)[0].any()

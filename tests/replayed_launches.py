@@ -8,7 +8,17 @@ import json
 import torch
 from torch import Tensor
 
-from subquad.kernels import layout, matrix, matrix_step, norm, passes, replay, shared, timestep
+from subquad.kernels import (
+    layout,
+    loss,
+    matrix,
+    matrix_step,
+    norm,
+    passes,
+    replay,
+    shared,
+    timestep,
+)
 from subquad.kernels import selective_scan_gpu as scan
 from subquad.kernels import short_convolution as conv
 from triton_stub import launched
@@ -83,6 +93,14 @@ def cases():
     yield timestep.discretise, given(values, heads, (4,), (4,))
     yield timestep.discretise_backward, given(values, heads, values, heads, (4,), (4,))
     yield timestep.discretise_backward, given((0,), heads, None, heads, (4,), (4,))
+    labels = torch.zeros(2, 50, dtype=torch.int64)
+    yield loss.cross_entropy, lambda: (*draw(rows, dtype=BF16), labels.clone())
+    yield loss.cross_entropy, lambda: (torch.rand(2, 96, 50).mT, labels.int()[:, :1].expand(2, 50))
+    sums = (2, 50, 2)
+    yield (
+        loss.cross_entropy_backward,
+        lambda: (torch.rand(()).expand(2, 50), *draw(rows), labels.clone(), *draw(sums)),
+    )
     token, per_head, state = (2, 1, 4, 64), (2, 1, 4), (2, 4, 64, 64)
     shared_keys = (2, 1, 2, 64), (2, 1, 2, 64), token
     delta_rule = (*shared_keys, per_head, per_head, None, None, (4, 64))

@@ -65,6 +65,37 @@ def test_forward_and_backward_compile_for_hopper(tmp_path):
     assert done.stdout.splitlines() == ["4 True 4 3", "11 True 11 10"], done.stdout
 
 
+BESIDE = """
+from subquad.kernels import loss
+
+def compile_only(kernel, grid, *arguments, **options):
+    ptx = kernel.warmup(*arguments, grid=grid, **options).asm["ptx"]
+    wide = "ld.global.v4" in ptx and ("st.global.v4" in ptx or kernel.__name__ == "forward")
+    print(kernel.__name__, wide)
+
+loss.launch_one = compile_only
+logits = torch.randn(2, 3, 32000, dtype=torch.bfloat16, requires_grad=True)
+losses, _ = loss.cross_entropy(logits, torch.zeros(2, 3, dtype=torch.int64))
+losses.sum().backward()
+"""
+
+
+def test_kernels_of_losses_compile_for_hopper(tmp_path):
+    """And read and write 16 bytes at a time."""
+    pytest.importorskip("triton")
+    environment = {
+        **{name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"},
+        "TRITON_CACHE_DIR": str(tmp_path),
+    }
+    program = PROGRAM.partition("from subquad")[0] + BESIDE  # with its driver
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines() == ["forward True", "backward True"], done.stdout
+
+
 def test_launches_run_in_order_and_new_ones_are_met_once():
     from subquad.kernels.launch import Launch, _met, launch
 

@@ -6,19 +6,23 @@ the dtype where PyTorch happens to be closer; 1e-5 in float32.
 
 import pytest
 import torch
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 import subquad
 from layer_cases import (
     EXTRAS,
     GATES,
+    check_odd_losses,
     convolution,
     convolved_token,
     errors,
     gated_norm,
+    losses,
     steps,
     token,
 )
-from subquad.kernels import matrix_step, norm, short_convolution, timestep
+from subquad.kernels import loss, matrix_step, norm, short_convolution, timestep
+from subquad.models.loss import next_token_loss
 from subquad.recurrence.gpu import overwriting_states
 from subquad.recurrence.norm import gated_rms_norm, l2_norm
 
@@ -111,8 +115,84 @@ def test_norm_of_a_wider_residual(dtype):
     check(gated_norm((3, 333, 1024), 1024, "own", None, dtype=dtype), dtype)
 
 
+@DTYPES
+@pytest.mark.parametrize("V", [2, 1000, 4096, 32000, 50257])
+def test_losses(V, dtype):
+    check(losses((3, 333, V)), dtype)
+    check(losses((70, V), torch.int32, offset=100.0), dtype)
+
+
+def test_losses_of_a_large_vocabulary():
+    check(losses((130, 151936)))
+    check(losses((130, 262145)))
+
+
+def test_losses_of_odd_rows():
+    check_odd_losses("cuda")
+
+
+def test_losses_of_more_than_2_to_the_31_logits():
+    V = 32000
+    labels = torch.randint(V, (2**31 // V + 100,), device="cuda")
+    logits = torch.randn(*labels.shape, V, device="cuda", dtype=BF16).requires_grad_()
+    found = loss.cross_entropy(logits, labels)[0]
+    (grad,) = torch.autograd.grad(found.mean(), logits)
+    last = logits[-50:].detach().clone().requires_grad_()
+    same = loss.cross_entropy(last, labels[-50:])[0]
+    assert torch.equal(found[-50:], same)
+    (same,) = torch.autograd.grad(same.sum() / len(labels), last)
+    assert torch.equal(grad[-50:], same)
+
+
+def test_a_captured_loss():
+    logits = torch.randn(2, 50, 999, device="cuda", dtype=BF16).requires_grad_()
+    labels = torch.randint(999, (2, 50), device="cuda")
+
+    def step():
+        mean = next_token_loss(logits, labels)
+        return mean.detach(), *torch.autograd.grad(mean, logits)
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    with torch.no_grad():
+        logits.normal_()
+    labels.random_(999)
+    labels[0, 5:30] = -100
+    graph.replay()
+    for found, want in zip(results, step()):
+        assert torch.equal(found, want)
+
+
+@pytest.mark.parametrize("items", [None, 77])
+def test_a_models_loss(items):
+    config = subquad.SubquadConfig(
+        mixer="gla", hidden_size=64, num_hidden_layers=2, vocab_size=1000
+    )
+    torch.manual_seed(0)
+    model = subquad.SubquadForCausalLM(config).cuda().to(BF16)
+    ids = torch.randint(1000, (3, 70), device="cuda")
+    labels = ids.clone()
+    labels[0, :9] = -100
+    given = {} if items is None else {"num_items_in_batch": torch.tensor(items)}
+    found = model(ids, labels=labels, **given).loss
+    gradients = torch.autograd.grad(found, list(model.parameters()))
+    model.loss_function = lambda *given, **options: ForCausalLMLoss(*given, **options)
+    want = model(ids, labels=labels, **given).loss
+    torch.testing.assert_close(found, want)
+    wanted = torch.autograd.grad(want, list(model.parameters()))
+    for mine, theirs in zip(gradients, wanted):
+        torch.testing.assert_close(mine, theirs, rtol=0.02, atol=2e-2 * theirs.abs().max().item())
+
+
 def test_bits_repeat():
     works = (
+        losses((3000, 999)),
         convolution(B=4, T=3000, D=300),
         gated_norm((9000, 512), 64),
         steps(4, 3000),

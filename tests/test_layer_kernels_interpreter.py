@@ -65,6 +65,10 @@ def cases() -> dict[str, tuple[str, dict]]:
         "gated_norm",
         {"order": None, "dtype": torch.bfloat16},
     )
+    found["losses"] = "losses", {"labels": torch.int32}
+    found["losses: several blocks"] = "losses", {"shape": (5, 8200)}
+    found["losses: large logits"] = "losses", {"shape": (70, 64), "offset": 1e4}
+    found["losses: bfloat16"] = "losses", {"shape": (3, 5, 4097)}
     found["norm: bfloat16"] = "gated_norm", {"order": "gate first", "weight": "own"}
     return found
 
@@ -129,6 +133,7 @@ def main() -> None:
     check()
     check_far_rows()
     check_wrong_boundaries()
+    layer_cases.check_odd_losses("cpu")
     print(json.dumps(found))
 
 
@@ -137,7 +142,7 @@ def check() -> None:
     import torch
 
     import layer_cases
-    from subquad.kernels import matrix_step, norm, short_convolution, timestep
+    from subquad.kernels import loss, matrix_step, norm, short_convolution, timestep
 
     q, k, v, g, beta, a, b, bonus, state = layer_cases.token("[B,T,H]", "delta").inputs.values()
     given = (q, k, v, g, beta, a, b, bonus, 0.3, state)
@@ -150,6 +155,8 @@ def check() -> None:
     torch.library.opcheck(short_convolution.convolve.op, (*inputs, None, True))
     inputs = [x.requires_grad_() for x in layer_cases.steps(T=9).inputs.values()]
     torch.library.opcheck(timestep.discretise.op, inputs)
+    logits, labels = torch.randn(2, 3, 20, requires_grad=True), torch.randint(0, 20, (2, 3))
+    torch.library.opcheck(loss.cross_entropy.op, (logits, labels))
     for heads in (0, 4):
         inputs = layer_cases.gated_norm(heads=heads).inputs.values()
         inputs = [None if x is None else x.requires_grad_() for x in inputs]
@@ -188,7 +195,7 @@ def check_far_rows() -> None:
 
     import torch
 
-    from subquad.kernels import matrix_step, norm, short_convolution
+    from subquad.kernels import loss, matrix_step, norm, short_convolution
 
     tokens, channels, apart = 20, 8, 2**27 + 2**25
     near, dy = torch.randn(2, 1, tokens, channels, dtype=torch.bfloat16).unbind(0)
@@ -206,6 +213,12 @@ def check_far_rows() -> None:
         assert all(torch.equal(one, other) for one, other in zip(grads, same))
         options = (None, None, None, None, channels, False, 1e-5, 1.0, None)
         assert torch.equal(norm.norm(far, *options), norm.norm(near, *options))
+        labels, dlosses = torch.randint(0, channels, (1, tokens)), torch.randn(1, tokens)
+        (losses, sums), (same, _) = (loss.cross_entropy(x, labels) for x in (far, near))
+        assert torch.equal(losses, same)
+        options = (labels, sums)
+        grad, same = (loss.cross_entropy_backward(dlosses, x, *options) for x in (far, near))
+        assert torch.equal(grad, same)
         far, near = far[None], near[None]  # one token with as many heads as there were tokens
         steps = (matrix_step.step(x, near, near, *[None] * 5, 1.0, None) for x in (far, near))
         assert all(torch.equal(one, other) for one, other in zip(*steps))

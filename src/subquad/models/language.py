@@ -14,6 +14,7 @@ from subquad.mixers.projection import is_watched, project
 from subquad.models.cache import SubquadCache
 from subquad.models.config import SubquadConfig
 from subquad.models.graph import replay as replay_step
+from subquad.models.loss import loss_of
 from subquad.models.stack import SubquadModel, SubquadPreTrainedModel
 from subquad.models.tokens import check_labels
 from subquad.recurrence.validate import fail
@@ -94,7 +95,7 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             labels = check_labels(labels, logits.shape[:-1], self.config.vocab_size)
-            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = loss_of(self, logits, labels, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

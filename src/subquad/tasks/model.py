@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from subquad.models import SubquadCache, SubquadConfig, SubquadForCausalLM
+from subquad.recurrence.cross_entropy import cross_entropy
 from subquad.tasks.base import Task
 
 
@@ -57,4 +57,4 @@ def losses(said: Tensor, due: Tensor) -> Tensor:
     """Of each answer [n]: cross entropy in nats for tokens, squared error for numbers."""
     if due.is_floating_point():
         return (said - due).square()
-    return F.cross_entropy(said, due, reduction="none")
+    return cross_entropy(said, due)

@@ -5,15 +5,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from subquad.recurrence.cross_entropy import cross_entropy
 from subquad.train.data import Tokens, heldout_starts
 
 
 def token_losses(model: Any, inputs: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy of each target [B,T], nats, computed in float32."""
     logits = model(input_ids=inputs, use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
+    return cross_entropy(logits, targets).flatten()
 
 
 @torch.no_grad()
