@@ -34,30 +34,37 @@ def prepare(gate: str, shape: tuple[int, ...], chunk: int):
         "KEY": lambda: (-torch.rand(B, T, H, K, device="cuda") / 8).bfloat16(),
     }
     prepared = passes.prepare_gate(gates[gate](), v)
-    cut = layout.lay_out(B, T, -(-T // layout.PIECE) * layout.PIECE, None, chunk)
-    prepared = passes.sum_gate(prepared, k, v, None, chunk)
+    queue: list = []
+    cut = layout.lay_out(B, T, -(-T // layout.PIECE) * layout.PIECE, None, chunk, queue)
+    prepared = passes.sum_gate(prepared, k, v, None, chunk, queue)
+    launch(queue)
     return q, k, v, do, prepared, cut
 
 
 def launcher(gate: str, part: str, shape: tuple[int, ...], tiles: layout.Tiles):
-    B, T, H, _, K, V = shape
+    B, T, H, _, K, _ = shape
     q, k, v, do, prepared, cut = prepare(gate, shape, tiles.chunk)
     out, reverse = PARTS[part]
     r, w, x = {"o": (q, k, v), "dv": (k, q, do), "dq": (do, v, k), "dk": (v, do, q)}[part]
     y = torch.full((B, T, H, x.shape[-1]), torch.nan, device="cuda", dtype=torch.bfloat16)
+    parts = passes.sliced(y, tiles)
     extra = {}
     if out and gate != "NONE":
         extra["partner"] = k if reverse else q
-        channels = K if gate == "KEY" else layout.blocks(K, tiles)
-        extra["reads"] = torch.zeros(B, T, H, channels, device="cuda")
-        extra["ends" if reverse else "finish"] = torch.zeros(B, H, K, V, device="cuda")
+        shares = layout.programs(K, tiles)
+        rest = (tiles.slices * K,) if gate == "KEY" else (shares,)
+        extra["reads"] = torch.zeros(B, T, H, *rest, device="cuda")
         if reverse and gate == "KEY":
-            extra["dgate"] = torch.zeros(B, T, H, K, device="cuda", dtype=torch.bfloat16)
+            dgate = torch.zeros(B, T, H, K, device="cuda", dtype=torch.bfloat16)
+            extra["dgate"] = passes.sliced(dgate, tiles)
         elif reverse:
-            extra["totals"] = torch.zeros(cut.segments, H, channels, device="cuda")
+            extra["totals"] = torch.zeros(cut.segments, H, shares, device="cuda")
     launches = passes.scan_launches(
-        r, w, x, y, prepared, cut, tiles, H, out=out, reverse=reverse, scale=0.1, **extra
+        r, w, x, parts, prepared, cut, tiles, H, out=out, reverse=reverse, scale=0.1, **extra
     )
+    passes.add_slices(parts, y, launches)
+    if "dgate" in extra:
+        passes.add_slices(extra["dgate"], dgate, launches)
     return lambda: launch(launches)
 
 
@@ -80,11 +87,12 @@ def main() -> None:
     parser.add_argument("--columns", nargs="+", type=int, default=[64, 128])
     parser.add_argument("--warps", nargs="+", type=int, default=[4, 8])
     parser.add_argument("--stages", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--slices", nargs="+", type=int, default=[1])
     parser.add_argument("--workers", type=int, default=min(15, os.cpu_count() or 1))
     parser.add_argument("--out", default="tune.json")
     args = parser.parse_args()
 
-    grid = itertools.product(args.chunks, args.columns, args.warps, args.stages)
+    grid = itertools.product(args.chunks, args.columns, args.warps, args.stages, args.slices)
     tiles = [layout.Tiles(*sizes) for sizes in grid]
     jobs = list(itertools.product(args.gates, args.parts, tiles))
     context = multiprocessing.get_context("spawn")

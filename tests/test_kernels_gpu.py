@@ -70,6 +70,20 @@ def test_sizes(gate, K, V):
     check(Case(gate, T=150, K=K, V=V, state=False, dtype=BF16))
 
 
+@pytest.mark.parametrize("cu_seqlens", [None, (0, 1, 900, 901, 3000)])
+@pytest.mark.parametrize("gate", GATES)
+def test_wide_heads_that_leave_processors_idle(gate, cu_seqlens):
+    check(Case(gate, T=3000, H=2, Hk=1, K=96, V=256, cu_seqlens=cu_seqlens, dtype=BF16))
+
+
+@pytest.mark.parametrize(("K", "V"), [(96, 256), (256, 96)])
+@pytest.mark.parametrize("gate", GATES)
+def test_wide_heads_of_every_kind(gate, K, V):
+    check(Case(gate, T=150, H=2, Hk=2, K=K, V=V, bonus=True, dtype=BF16))
+    check(Case(gate, T=100, H=2, Hk=2, K=K, V=V, dtype=torch.float32))
+    check(Case(gate, T=100, H=140, Hk=140, K=K, V=V, dtype=BF16))  # all processors are busy
+
+
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 257])
 def test_lengths(T):
     check(Case("[B,T,H,K]", T=T, K=64, V=64, dtype=BF16))

@@ -53,6 +53,20 @@ def cases() -> dict[str, dict]:
     for name, offsets in (("split", None), ("split and packed", (0, 1, 300, 301, 400))):
         split = {"gate": "[B,T,H]", "T": 400, "cu_seqlens": offsets, "split": True}
         found[f"[B,T,H] shared, bfloat16, {name}"] = {**split, **shared}
+    for gate in GATES:  # programs that share out the contracted channels, unevenly
+        sliced = {"gate": gate, "K": 20, "V": 24, "sliced": True}
+        found[f"{gate} sliced"] = {**sliced, "T": 70}
+        found[f"{gate} sliced, bonus"] = {**sliced, "T": 37, "bonus": True, "H": 1}
+    for gate in ("none", "[H,K]", "[B,T,H]", "[B,T,H,K]"):
+        split = {"T": 400, "H": 1, "cu_seqlens": (0, 1, 300, 301, 400), "split": True}
+        found[f"{gate} sliced, split and packed"] = {
+            "gate": gate, **split, "K": 20, "V": 24, "sliced": True,
+        }  # fmt: skip
+    # And where that is the choice for heads so wide and so few.
+    wide = {"T": 50, "H": 1, "dtype": "bfloat16", "lowest": -5.0, "processors": 132}
+    found["[B,T,H,K] wide values, bfloat16"] = {"gate": "[B,T,H,K]", **wide, "K": 16, "V": 150}
+    found["[B,T,H,K] wide keys, bfloat16"] = {"gate": "[B,T,H,K]", **wide, "K": 150, "V": 16}
+    found["[B,T,H] wide values, bfloat16"] = {"gate": "[B,T,H]", **wide, "K": 16, "V": 150}
     return found
 
 
@@ -129,11 +143,16 @@ def main() -> None:
     import triton_interpreter  # noqa: F401, I001 - before anything that imports Triton
     import torch
     from kernel_cases import Case, errors, kernels, oracle, results, shows_nan
-    from subquad.kernels import layout, matrix
+    from subquad.kernels import layout, matrix, passes
 
     whole = layout.SHORTEST_SEGMENT, layout.WARPS_PER_PROCESSOR
+    share_out = passes.share_out
     found = {}
     for name, arguments in cases().items():
+        slices = {"slices": 2} if arguments.pop("sliced", False) else {}
+        passes.share_out = lambda *shape, more=slices: share_out(*shape)._replace(**more)
+        count = arguments.pop("processors", 1)
+        layout.processors = lambda device, count=count: count
         split = arguments.pop("split", False)
         layout.SHORTEST_SEGMENT, layout.WARPS_PER_PROCESSOR = (256, 256) if split else whole
         if "dtype" in arguments:
@@ -141,6 +160,7 @@ def main() -> None:
         case = Case(**arguments)
         truth = results(oracle, case, "cpu", torch.float64)
         found[name] = errors(results(kernels, case, "cpu"), truth)
+    passes.share_out, layout.processors = share_out, lambda device: 1
     for gate in ("none", "[B,T,H,K]"):  # raises where the fake or the gradient is not as promised
         inputs = Case(gate, T=20).inputs("cpu").values()
         leaves = [None if x is None else x.requires_grad_() for x in inputs]

@@ -63,7 +63,7 @@ def sum_key_gates(
 @triton.jit(do_not_specialize=["tokens", "seg_len", "per_row"])
 def sum_slopes(
     reads, writes, tails, dgate, table, tokens, seg_len, per_row,
-    H: tl.constexpr, BLOCKS: tl.constexpr, C: tl.constexpr, FIXED: tl.constexpr,
+    H: tl.constexpr, SHARES: tl.constexpr, C: tl.constexpr, FIXED: tl.constexpr,
     BONUS: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of gates per head: reverse sums of q.dq - k.dk over a segment."""
@@ -73,9 +73,9 @@ def sum_slopes(
     begin, length, _ = locate(pid // H, table, tokens, seg_len, per_row, PACKED, C)
     t = tl.arange(0, C)
     grown = tl.zeros([C], tl.float32)
-    later = tl.load(tails + place * BLOCKS)
-    for block in tl.static_range(1, BLOCKS):
-        later += tl.load(tails + place * BLOCKS + block)
+    later = tl.load(tails + place * SHARES)
+    for share in tl.static_range(1, SHARES):
+        later += tl.load(tails + place * SHARES + share)
     chunks = tl.cdiv(length, C)
     for step in range(0, chunks):
         t0 = tl.cast((chunks - 1 - step) * C, tl.int64)
@@ -83,9 +83,9 @@ def sum_slopes(
         token = (begin + t0 + t) * H + head
         qdq = tl.zeros([C], tl.float32)
         kdk = tl.zeros([C], tl.float32)
-        for block in tl.static_range(BLOCKS):
-            qdq += tl.load(reads + token * BLOCKS + block, mask=real, other=0.0)
-            kdk += tl.load(writes + token * BLOCKS + block, mask=real, other=0.0)
+        for share in tl.static_range(SHARES):
+            qdq += tl.load(reads + token * SHARES + share, mask=real, other=0.0)
+            kdk += tl.load(writes + token * SHARES + share, mask=real, other=0.0)
         slope = tl.cumsum(qdq - kdk, 0, reverse=True) + later
         later += tl.sum(qdq - kdk, 0)
         if BONUS:

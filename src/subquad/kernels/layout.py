@@ -27,6 +27,7 @@ class Tiles(NamedTuple):
     columns: int  # output channels a program
     warps: int
     stages: int
+    slices: int = 1  # programs that share the contracted channels out; their outputs are added
 
 
 def choose_tiles(contracted: int, width: int, dtype: torch.dtype, gate: int, slopes: bool) -> Tiles:
@@ -50,12 +51,34 @@ def choose_tiles(contracted: int, width: int, dtype: torch.dtype, gate: int, slo
     return Tiles(32, 64, 4, 4) if width <= 64 else Tiles(32, 128, 8, 4)
 
 
+def share_out(
+    contracted: int, width: int, dtype: torch.dtype, gate: int, slopes: bool, rows: int,
+    device: torch.device,
+) -> Tiles:  # fmt: skip
+    """`choose_tiles` for so many rows (segments of heads), which may be too few for the GPU.
+
+    A wide head's programs are few and slow, as each holds all of the contracted channels. Where
+    they leave processors idle, two slices take half of them each, as two narrower heads would; not
+    where all are busy, as what slices write is float32, and still to be added.
+    """
+    tiles = choose_tiles(contracted, width, dtype, gate, slopes)
+    if padded(contracted) <= 128 or rows * blocks(width, tiles) >= processors(device):
+        return tiles
+    narrow = choose_tiles(-(-contracted // 2), width, dtype, gate, slopes)
+    return Tiles(narrow.chunk, 64, 4, narrow.stages, 2)
+
+
 def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
 def blocks(size: int, tiles: Tiles) -> int:
     return -(-size // tiles.columns)
+
+
+def programs(size: int, tiles: Tiles) -> int:
+    """Programs of one segment of one head with `size` output channels."""
+    return blocks(size, tiles) * tiles.slices
 
 
 class Layout(NamedTuple):

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +18,17 @@ from torch import Tensor
 from . import shared
 from .gpu import DTYPES, triton_missing
 from .launch import Launch, launch, launch_of
-from .layout import KEY, blocks, choose_tiles, gate_kind, segment_length
+from .layout import KEY, Layout, Tiles, gate_kind, programs, share_out
 from .operator import operator
 from .passes import (
+    Gate,
+    add_slices,
     empty_states,
     join_segments,
     plan,
     scan_launches,
+    segment_tokens,
+    sliced,
     states_to_keep,
     strided,
 )
@@ -60,14 +65,16 @@ def describe(
     """One line for `explain`: the kernel, its tile sizes, and how the sequence is split."""
     batch, tokens, heads, width = v.shape
     gate = gate_kind(log_decay)
-    tiles = choose_tiles(q.shape[-1], width, v.dtype, gate, False)
-    length = segment_length(batch, tokens, heads * blocks(width, tiles) * tiles.warps, v.device)
+    length = segment_tokens(q, v, gate)
+    segments = batch * -(-tokens // length)
+    tiles = share_out(q.shape[-1], width, v.dtype, gate, False, segments * heads, v.device)
+    slices = f", {tiles.slices} slices of the key channels" if tiles.slices > 1 else ""
     pieces = f"segments of {length} tokens" if length < tokens else "one pass over the sequence"
     shares = log_decay is not None and bonus is None and shared.takes(k, v, log_decay)
     back = f"; backward by chunks of {shared.CHUNK} for heads that share keys" if shares else ""
     return (
         f"scan ({GATE_NAMES[gate]}): chunks of {tiles.chunk} tokens, {tiles.columns} value columns "
-        f"a program, {tiles.warps} warps, {tiles.stages} stages; {pieces}{back}"
+        f"a program{slices}, {tiles.warps} warps, {tiles.stages} stages; {pieces}{back}"
     )
 
 
@@ -123,8 +130,10 @@ def scan_forward(
     final = empty_states(k, v, layout.sequences)
     walk = (gate, layout, tiles, heads)
     states = join_segments(k, v, *walk, state, False, 1.0, bonus, queue)
-    queue += scan_launches(q, k, v, o, *walk, scale=scale, bonus=bonus, start=state,
+    parts = sliced(o, tiles)
+    queue += scan_launches(q, k, v, parts, *walk, scale=scale, bonus=bonus, start=state,
                            states=states, finish=final)  # fmt: skip
+    add_slices(parts, o, queue)
     launch(queue)
     return o, final, states
 
@@ -166,46 +175,83 @@ def scan_backward(
     dv = torch.empty(v.shape, device=v.device, dtype=v.dtype)
     dq = v.new_empty(*v.shape[:3], width)
     dk = torch.empty_like(dq)
-    reads = writes = ends = lasts = tails = dgate = dbonus = None
+    dv_parts, dq_parts = sliced(dv, value_tiles), sliced(dq, key_tiles)
+    dk_parts = dk if dq_parts is dq else dq_parts  # one buffer: dq is added up before dk comes
+    slopes, dbonus = _Slopes(), None
     if with_gate and log_decay is not None:
-        parts = blocks(width, key_tiles)
-        channels = width if gate.kind == KEY else parts
-        writes = reads = v.new_empty(*v.shape[:3], channels, dtype=torch.float32)
-        ends = empty_states(k, v, layout.boundaries)
-        lasts = None if dfinal is None else empty_states(k, v, layout.sequences)
-        if gate.fixed:  # summed over the tokens of a segment
-            size = (layout.segments, heads, width)[: 3 if gate.kind == KEY else 2]
-            dgate = v.new_empty(size, dtype=torch.float32)
-        else:
-            dgate = v.new_empty(log_decay.shape, dtype=log_decay.dtype)
-        if gate.kind != KEY:
-            writes = torch.empty_like(reads)
-            tails = v.new_empty(layout.segments, heads, parts, dtype=torch.float32)
+        slopes = _slopes(k, v, log_decay, dfinal, gate, layout, key_tiles)
     if bonus is not None:
-        dbonus = v.new_empty(layout.segments, heads, width, dtype=torch.float32)
+        pieces = layout.segments * key_tiles.slices
+        dbonus = v.new_empty(pieces, heads, width, dtype=torch.float32)
     run = partial(scan_launches, gate=gate, layout=layout, heads=heads, scale=scale, bonus=bonus)
     queue += [
-        *run(k, q, do, dv, tiles=value_tiles, reverse=True, start=dfinal, states=dstates,
+        *run(k, q, do, dv_parts, tiles=value_tiles, reverse=True, start=dfinal, states=dstates,
              finish=dstate),
-        *run(do, v, k, dq, tiles=key_tiles, out=True, start=state, states=states, finish=lasts,
-             ends=ends, partner=q, reads=reads),
-        *run(v, do, q, dk, tiles=key_tiles, out=True, reverse=True, start=dfinal, states=dstates,
-             ends=ends, lasts=lasts, partner=k, reads=writes, totals=tails, dgate=dgate,
-             dbonus=dbonus),
+        *run(do, v, k, dq_parts, tiles=key_tiles, out=True, start=state, states=states,
+             finish=slopes.lasts, ends=slopes.ends, partner=q, reads=slopes.reads),
     ]  # fmt: skip
-    if tails is not None:
+    add_slices(dq_parts, dq, queue)
+    queue += [
+        *run(v, do, q, dk_parts, tiles=key_tiles, out=True, reverse=True, start=dfinal,
+             states=dstates, ends=slopes.ends, lasts=slopes.lasts, partner=k, reads=slopes.writes,
+             totals=slopes.tails, dgate=slopes.parts, dbonus=dbonus),
+    ]  # fmt: skip
+    add_slices(dv_parts, dv, queue)
+    add_slices(dk_parts, dk, queue)
+    if slopes.tails is not None:
         from .gates import sum_slopes
 
         queue.append(launch_of(
             sum_slopes, (layout.segments * heads,),
-            reads, writes, tails, dgate, *layout.walk(v), H=heads, BLOCKS=parts, C=1024,
-            FIXED=gate.fixed, BONUS=bonus is not None, PACKED=layout.table is not None,
+            slopes.reads, slopes.writes, slopes.tails, slopes.whole, *layout.walk(v), H=heads,
+            SHARES=slopes.tails.shape[-1], C=1024, FIXED=gate.fixed, BONUS=bonus is not None,
+            PACKED=layout.table is not None,
         ))  # fmt: skip
+    elif not gate.fixed:
+        add_slices(slopes.parts, slopes.whole, queue)
     launch(queue)
     return (
-        _unshare(dq, q), _unshare(dk, k), dv, _fold(dgate, log_decay, v), _fold(dbonus, bonus, v),
-        dstate,
+        _unshare(dq, q), _unshare(dk, k), dv, _fold(slopes.whole, log_decay, v),
+        _fold(dbonus, bonus, v), dstate,
     )  # fmt: skip
+
+
+class _Slopes(NamedTuple):
+    """What dq and dk leave of a gate's gradient; `scan` says how it is made of that."""
+
+    reads: Tensor | None = None  # q.dq
+    writes: Tensor | None = None  # k.dk
+    ends: Tensor | None = None  # states between segments
+    lasts: Tensor | None = None  # states that leave the sequences, where those have gradients
+    tails: Tensor | None = None  # products of states and their gradients
+    parts: Tensor | None = None  # the gradient, of slices of the contracted channels
+    whole: Tensor | None = None  # the gradient; a fixed gate's is summed over a segment's tokens
+
+
+def _slopes(
+    k: Tensor, v: Tensor, log_decay: Tensor, dfinal: Tensor | None, gate: Gate, layout: Layout,
+    tiles: Tiles,
+) -> _Slopes:  # fmt: skip
+    token, (heads, width) = v.shape[:3], (v.shape[2], k.shape[-1])
+    new = partial(v.new_empty, dtype=torch.float32)
+    ends = empty_states(k, v, layout.boundaries)
+    lasts = None if dfinal is None else empty_states(k, v, layout.sequences)
+    if gate.kind == KEY:
+        reads = new(tiles.slices, *token, width)
+        if gate.fixed:
+            whole = parts = new(layout.segments * tiles.slices, heads, width)
+        else:
+            whole = v.new_empty(log_decay.shape, dtype=log_decay.dtype)
+            parts = sliced(whole, tiles)
+        return _Slopes(reads, reads, ends, lasts, None, parts, whole)
+    shares = programs(width, tiles)
+    reads, writes = new(*token, shares), new(*token, shares)
+    tails = new(layout.segments, heads, shares)
+    if gate.fixed:
+        whole = new(layout.segments, heads)
+    else:
+        whole = v.new_empty(log_decay.shape, dtype=log_decay.dtype)
+    return _Slopes(reads, writes, ends, lasts, tails, None, whole)
 
 
 def _fold(gradient: Tensor | None, parameter: Tensor | None, like: Tensor) -> Tensor:

@@ -23,7 +23,9 @@ from .layout import (
     gate_kind,
     lay_out,
     padded,
+    programs,
     segment_length,
+    share_out,
 )
 
 
@@ -118,7 +120,8 @@ def scan_launches(
     common = {
         "H": heads, "R_SHARE": heads // r.shape[2], "W_SHARE": heads // w.shape[2],
         "X_SHARE": heads // x.shape[2], "M": w.shape[-1], "N": x.shape[-1],
-        "BM": padded(w.shape[-1]), "BN": tiles.columns, "C": tiles.chunk, "OUT": out,
+        "BM": padded(-(-w.shape[-1] // tiles.slices)), "BN": tiles.columns,
+        "SLICES": tiles.slices, "C": tiles.chunk, "OUT": out,
         "REVERSE": reverse, "BONUS": bonus is not None, "READ": read, "START": start is not None,
         "SPLIT": layout.split, "FINISH": finish is not None,
         "PACKED": layout.table is not None, "DOT": dot, "PREC": precision,
@@ -126,7 +129,8 @@ def scan_launches(
         "w_token": w.stride(1), "x_token": x.stride(1), "partner_token": partner.stride(1),
     }  # fmt: skip
     slopes = reads is not None
-    grid = (layout.segments * heads * blocks(x.shape[-1], tiles),)
+    grid = (layout.segments * heads * programs(x.shape[-1], tiles),)
+    all_tokens = x.shape[0] * x.shape[1]
     heads_apart = (r.stride(2), w.stride(2), x.stride(2), partner.stride(2), gate.head)
     given = (bonus, start, states, finish, totals, ends, lasts, reads)
     tensors = [absent if z is None else z for z in given]
@@ -139,7 +143,7 @@ def scan_launches(
 
         arguments = (
             r, w, x, y, partner, gate.values, *sums[:2], *tensors, dbonus, *layout.walk(x),
-            sums[0].shape[1], *scales, 1.0, *heads_apart,
+            sums[0].shape[1], all_tokens, *scales, 1.0, *heads_apart,
         )  # fmt: skip
         options = common | {"GATE": gate.kind, "SLOPES": slopes, "STAGES": tiles.stages}
         return [Launch(scan, grid, arguments, options)]
@@ -147,16 +151,24 @@ def scan_launches(
 
     arguments = (
         r, w, x, y, partner, gate.values, *sums, *tensors, absent if dgate is None else dgate,
-        dbonus, *layout.walk(x), sums[2].shape[-1], *scales, *heads_apart,
+        dbonus, *layout.walk(x), sums[2].shape[-1], all_tokens, *scales, *heads_apart,
     )  # fmt: skip
     common |= {
         "gate_token": gate.token, "FIXED": gate.fixed, "KEEP_READS": slopes and not reverse,
         "GATE_GRAD": slopes and reverse,
-        "PARTS": 1 if gate.values.dtype == torch.bfloat16 else 3,
+        "PARTS": _gate_parts(gate.values.dtype, x.dtype),
     }  # fmt: skip
     near = common | {"FAR": False, "STAGES": tiles.stages}
     far = common | {"FAR": True, "STAGES": 1}
     return [Launch(scan_key, grid, arguments, options) for options in (near, far)]
+
+
+def _gate_parts(gate: torch.dtype, x: torch.dtype) -> int:
+    """How many bfloat16 numbers a gate is summed as. Beside rounded operands two are enough: a gate
+    is then a number of 16 bits, the same in all sums, so that what stands in two still cancels."""
+    if gate == torch.bfloat16:
+        return 1
+    return 2 if x == torch.bfloat16 else 3
 
 
 def _dot_type(dtype: torch.dtype) -> tuple[object, str]:
@@ -193,6 +205,29 @@ def join_segments(
     return states
 
 
+def sliced(like: Tensor, tiles: Tiles) -> Tensor:
+    """Where the programs that share out the contracted channels write: [slices, ...] if several.
+
+    In float32, as a sum of rounded numbers is less than a rounded sum.
+    """
+    if tiles.slices == 1:
+        return like
+    return like.new_empty(tiles.slices, *like.shape, dtype=torch.float32)
+
+
+def add_slices(parts: Tensor | None, whole: Tensor | None, queue: list[Launch]) -> None:
+    """Add what `sliced` has made up to `whole`; nothing to do where they are the same."""
+    if parts is None or whole is None or parts is whole:
+        return
+    from .tiles import add_slices
+
+    size, block = whole.numel(), 1024
+    queue.append(launch_of(
+        add_slices, (-(-size // block),),
+        parts, whole, size, SLICES=parts.shape[0], BLOCK=block,
+    ))  # fmt: skip
+
+
 def segment_tokens(k: Tensor, v: Tensor, kind: int) -> int:
     """Tokens of a segment. Forward and backward pass cut alike: one leaves states for the other."""
     batch, tokens, heads, columns = v.shape
@@ -221,14 +256,16 @@ class Plan(NamedTuple):
 def plan(
     k: Tensor, v: Tensor, log_decay: Tensor | None, cu_seqlens: Tensor | None, queue: list[Launch]
 ) -> Plan:
-    batch, tokens, _, columns = v.shape
+    batch, tokens, heads, columns = v.shape
     width = k.shape[-1]
     gate = prepare_gate(log_decay, v)
-    value_tiles = choose_tiles(width, columns, v.dtype, gate.kind, False)
-    key_tiles = choose_tiles(columns, width, v.dtype, gate.kind, gate.kind != NONE)
     length = segment_tokens(k, v, gate.kind)
-    layout = lay_out(batch, tokens, length, cu_seqlens, value_tiles.chunk, queue)
-    gate = sum_gate(gate, k, v, cu_seqlens, value_tiles.chunk, queue)
+    chunk = choose_tiles(width, columns, v.dtype, gate.kind, False).chunk
+    layout = lay_out(batch, tokens, length, cu_seqlens, chunk, queue)
+    rest = (layout.segments * heads, v.device)
+    value_tiles = share_out(width, columns, v.dtype, gate.kind, False, *rest)
+    key_tiles = share_out(columns, width, v.dtype, gate.kind, gate.kind != NONE, *rest)
+    gate = sum_gate(gate, k, v, cu_seqlens, chunk, queue)
     return Plan(gate, layout, value_tiles, key_tiles)
 
 

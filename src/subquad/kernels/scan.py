@@ -97,22 +97,26 @@ def read_state(state, r, WHOLE: tl.constexpr, DOT: tl.constexpr, PREC: tl.conste
     return tl.dot(state.to(DOT), tl.trans(r), input_precision=PREC)
 
 
-@triton.jit(do_not_specialize=["tokens", "seg_len", "per_row", "chunks_in_all"])
+@triton.jit(do_not_specialize=["tokens", "seg_len", "per_row", "chunks_in_all", "all_tokens"])
 def scan(
     r, w, x, y, partner, gate, sums, fractions, bonus, start, states, finish, totals, ends,
     lasts, reads, dbonus,
-    table, tokens, seg_len, per_row, chunks_in_all, y_scale, start_scale, finish_scale, one,
+    table, tokens, seg_len, per_row, chunks_in_all, all_tokens, y_scale, start_scale,
+    finish_scale, one,
     r_head, w_head, x_head, partner_head, gate_head,
     r_token: tl.constexpr, w_token: tl.constexpr, x_token: tl.constexpr,
     partner_token: tl.constexpr,
     H: tl.constexpr, R_SHARE: tl.constexpr, W_SHARE: tl.constexpr, X_SHARE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
-    GATE: tl.constexpr, OUT: tl.constexpr, REVERSE: tl.constexpr, BONUS: tl.constexpr,
-    READ: tl.constexpr, START: tl.constexpr, SPLIT: tl.constexpr, FINISH: tl.constexpr,
-    SLOPES: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
-    STAGES: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLICES: tl.constexpr,
+    C: tl.constexpr, GATE: tl.constexpr, OUT: tl.constexpr, REVERSE: tl.constexpr,
+    BONUS: tl.constexpr, READ: tl.constexpr, START: tl.constexpr, SPLIT: tl.constexpr,
+    FINISH: tl.constexpr, SLOPES: tl.constexpr, PACKED: tl.constexpr, DOT: tl.constexpr,
+    PREC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One segment, one head, BN output columns. See the module's docstring for the parts.
+
+    SLICES programs share out the M contracted channels, BM each: the state's rows fall apart into
+    theirs, and what they write to y [SLICES, all_tokens, H, N] and `dbonus` is still to be added.
 
     start, finish: states [sequences, H, K, V] in and out; SPLIT: sequences have several segments,
     and `states` [boundaries, H, K, V] are those between two. READ=False makes them: it only
@@ -126,10 +130,13 @@ def scan(
     partner as rounded as the other scan takes it, and the state is read whole.
     """
     BLOCKS: tl.constexpr = (N + BN - 1) // BN
+    SHARES: tl.constexpr = BLOCKS * SLICES
     pid = tl.program_id(0)
-    block = pid % BLOCKS
-    head = (pid // BLOCKS) % H
-    segment = pid // (BLOCKS * H)
+    share = pid % SHARES
+    block = share % BLOCKS
+    part = share // BLOCKS
+    head = (pid // SHARES) % H
+    segment = pid // (SHARES * H)
     sequence, is_first, is_last, behind, ahead = neighbours(
         segment, table, per_row, PACKED, REVERSE
     )
@@ -139,9 +146,9 @@ def scan(
     begin, length, chunk = locate(segment, table, tokens, seg_len, per_row, PACKED, C)
     chunks = tl.cdiv(length, C)
     t = tl.arange(0, C)
-    m = tl.arange(0, BM)
+    m = part * BM + tl.arange(0, BM)
     n = block * BN + tl.arange(0, BN)
-    EVEN_M: tl.constexpr = M == BM
+    EVEN_M: tl.constexpr = M % BM == 0
     EVEN_N: tl.constexpr = N % BN == 0
     K: tl.constexpr = N if OUT else M
     k = n if OUT else m
@@ -154,6 +161,9 @@ def scan(
     # The partner of x's gradient is shared as the other of q and k is: as x itself.
     partner += begin * partner_token + (head // X_SHARE) * partner_head
     row = begin * H + head  # of [tokens, H, ...] tensors; the next token's is H further
+    y_row = row
+    if SLICES > 1:
+        y_row += part * all_tokens.to(tl.int64) * H
     if OUT:  # the state is stored [K, V]; here M runs over V
         cell = n[:, None] * M + m[None, :]
     else:
@@ -179,7 +189,7 @@ def scan(
         product = 0.0
         if START or SPLIT:
             product += tl.sum(tl.sum(state * end, 1), 0) * finish_scale
-        tl.store(totals + (segment.to(tl.int64) * H + head) * BLOCKS + block, product)
+        tl.store(totals + (segment.to(tl.int64) * H + head) * SHARES + share, product)
     if BONUS:
         extra = tl.load(bonus + head * K + k, mask=k < K, other=0.0).to(tl.float32)
     bonus_grown = tl.zeros([BN], tl.float32)
@@ -238,7 +248,7 @@ def scan(
                 inner = tl.dot(x_NC, scores, input_precision=PREC)
                 dots += partner_NC * inner
                 y_NC += inner
-                at = (row + t0 * H + t * H) * BLOCKS + block
+                at = (row + t0 * H + t * H) * SHARES + share
                 tl.store(reads + at, tl.sum(dots, 0) * y_scale, mask=t < count)
             else:
                 y_NC = tl.dot(x_NC, scores, y_NC, input_precision=PREC)
@@ -250,7 +260,7 @@ def scan(
                     y_NC += own * extra[:, None]
                 else:
                     y_NC += tl.sum(r_CM * (w_CM * extra[None, :]), 1)[None, :] * x_NC
-            tile = (row + t0 * H) * N + n[:, None] + t[None, :] * (H * N)
+            tile = (y_row + t0 * H) * N + n[:, None] + t[None, :] * (H * N)
             tl.store(y + tile, (y_NC * y_scale).to(y.dtype.element_ty), mask=real)
 
         moved = x_NC
@@ -272,5 +282,5 @@ def scan(
             at = (ahead * H + head) * K + k
             tl.store(totals + at, gone + tl.zeros_like(k), mask=(k < K) & (block == 0))
     if BONUS_GRAD:
-        place = segment.to(tl.int64) * H + head
+        place = (segment.to(tl.int64) * SLICES + part) * H + head
         tl.store(dbonus + place * N + n, bonus_grown, mask=n < N)

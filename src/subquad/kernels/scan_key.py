@@ -23,36 +23,41 @@ def all_fit(fits, chunks):
     return tl.min(least, 0) != 0
 
 
-@triton.jit(do_not_specialize=["tokens", "seg_len", "per_row", "chunks_in_all"])
+@triton.jit(do_not_specialize=["tokens", "seg_len", "per_row", "chunks_in_all", "all_tokens"])
 def scan_key(
     r, w, x, y, partner, gate, first, last, fits, bonus, start, states, finish, totals,
     ends, lasts, reads, dgate, dbonus,
-    table, tokens, seg_len, per_row, chunks_in_all, y_scale, start_scale, finish_scale,
+    table, tokens, seg_len, per_row, chunks_in_all, all_tokens, y_scale, start_scale,
+    finish_scale,
     r_head, w_head, x_head, partner_head, gate_head,
     r_token: tl.constexpr, w_token: tl.constexpr, x_token: tl.constexpr,
     partner_token: tl.constexpr, gate_token: tl.constexpr,
     H: tl.constexpr, R_SHARE: tl.constexpr, W_SHARE: tl.constexpr, X_SHARE: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, C: tl.constexpr,
-    FIXED: tl.constexpr, OUT: tl.constexpr, REVERSE: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, SLICES: tl.constexpr,
+    C: tl.constexpr, FIXED: tl.constexpr, OUT: tl.constexpr, REVERSE: tl.constexpr,
     BONUS: tl.constexpr, READ: tl.constexpr, START: tl.constexpr, SPLIT: tl.constexpr,
     FINISH: tl.constexpr, KEEP_READS: tl.constexpr, GATE_GRAD: tl.constexpr, FAR: tl.constexpr,
     PACKED: tl.constexpr, PARTS: tl.constexpr, DOT: tl.constexpr, PREC: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One segment, one head, BN output columns; parts and states as in `scan`.
+    """One segment, one head, BN output columns; parts, slices and states as in `scan`.
 
     It takes two launches: one leaves out the segments with a chunk too far for near_chunk, and FAR
     takes those. Neither compiles to what the other does well: with both paths in one loop, no load
     is fetched ahead and the registers of one spill for the other's sake.
 
     A gate's gradient, as in `scan`, is a sum of q.dq - k.dk: KEEP_READS (in dq) stores q.dq in
-    `reads`; GATE_GRAD (in dk) takes them up, and the states that dq has left.
+    `reads`; GATE_GRAD (in dk) takes them up, and the states that dq has left. Of SLICES each has
+    its own share of `reads` and of dgate.
     """
     BLOCKS: tl.constexpr = (N + BN - 1) // BN
+    SHARES: tl.constexpr = BLOCKS * SLICES
     pid = tl.program_id(0)
-    block = pid % BLOCKS
-    head = (pid // BLOCKS) % H
-    segment = pid // (BLOCKS * H)
+    share = pid % SHARES
+    block = share % BLOCKS
+    part = share // BLOCKS
+    head = (pid // SHARES) % H
+    segment = pid // (SHARES * H)
     sequence, is_first, is_last, behind, ahead = neighbours(
         segment, table, per_row, PACKED, REVERSE
     )
@@ -65,9 +70,9 @@ def scan_key(
     if all_fit(fits, chunks) == FAR:
         return
     t = tl.arange(0, C)
-    m = tl.arange(0, BM)
+    m = part * BM + tl.arange(0, BM)
     n = block * BN + tl.arange(0, BN)
-    EVEN_M: tl.constexpr = M == BM
+    EVEN_M: tl.constexpr = M % BM == 0
     EVEN_N: tl.constexpr = N % BN == 0
     G: tl.constexpr = N if OUT else M  # gated channels, and whether their tile needs a mask
     EVEN_G: tl.constexpr = EVEN_N if OUT else EVEN_M
@@ -82,6 +87,8 @@ def scan_key(
     # The partner of x's gradient is shared as the other of q and k is: as x itself.
     partner += begin * partner_token + (head // X_SHARE) * partner_head
     row = begin * H + head  # of [tokens, H, ...] tensors; the next token's is H further
+    if SLICES > 1:
+        row += part * all_tokens.to(tl.int64) * H
     gate += begin * gate_token + head * gate_head
     if OUT:  # the state is stored [K, V]; here M runs over V
         cell = m[:, None] + n[None, :] * M
@@ -193,7 +200,7 @@ def scan_key(
     if not READ:
         tl.store(states + far_off, state * finish_scale, mask=inside)
         tl.store(totals + (ahead * H + head) * G + g, gone, mask=(g < G) & (block == 0))
-    place = segment.to(tl.int64) * H + head
+    place = (segment.to(tl.int64) * SLICES + part) * H + head
     if GATE_GRAD and FIXED:
         tl.store(dgate + place * N + n, grown, mask=n < N)
     if BONUS_GRAD:

@@ -103,6 +103,16 @@ def two_parts(x):
     return high.to(tl.bfloat16), (x - high).to(tl.bfloat16)
 
 
+@triton.jit(do_not_specialize=["size"])
+def add_slices(parts, whole, size, SLICES: tl.constexpr, BLOCK: tl.constexpr):
+    """whole [size] = the sum of parts [SLICES, size]."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.load(parts + i, mask=i < size, other=0.0)
+    for part in tl.static_range(1, SLICES):
+        total += tl.load(parts + part * size.to(tl.int64) + i, mask=i < size, other=0.0)
+    tl.store(whole + i, total.to(whole.dtype.element_ty), mask=i < size)
+
+
 @triton.jit(do_not_specialize=["per_row"])
 def join(
     states, start, totals, offsets, per_row,

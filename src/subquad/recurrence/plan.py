@@ -83,8 +83,10 @@ def _triton(call: Call, form: str, must: bool) -> Plan | None:
         q, k, v, log_decay, call.bonus, None, call.state, call.cu_seqlens
     )
     if reason is None:
-        gate = matrix.gate_kind(log_decay)
-        chunk = matrix.choose_tiles(q.shape[-1], v.shape[-1], v.dtype, gate, False).chunk
+        from subquad.kernels.layout import choose_tiles, gate_kind
+
+        gate = gate_kind(log_decay)
+        chunk = choose_tiles(q.shape[-1], v.shape[-1], v.dtype, gate, False).chunk
         why = partial(matrix.describe, q, k, v, log_decay, call.bonus)
         return Plan("chunked", "triton", chunk, why)
     if must:
