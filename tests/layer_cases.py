@@ -1,7 +1,7 @@
 """Work for the GPU kernels beside the scan, shared by the interpreter's tests and the device's.
 
-One decoded token of the matrix recurrence, the short convolution, gated norms, losses: inputs, what
-the kernels make of them, and what PyTorch does (in float64 that is the truth).
+One decoded token of the matrix recurrence, the short convolution, gated norms, gates, losses:
+inputs, what the kernels make of them, and what PyTorch does (in float64 that is the truth).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.kernels import loss, matrix_step, norm, short_convolution, timestep
+from subquad.kernels import activation, loss, matrix_step, norm, short_convolution, timestep
 from subquad.recurrence import reference
 from subquad.recurrence.convolution import _convolve
 from subquad.recurrence.norm import _plain
@@ -229,6 +229,56 @@ def steps(
         return ((x * step[..., None]).to(x.dtype), log_decay) if values else (log_decay,)
 
     return Work(ours, torch_form, inputs, keep=("dt_bias", "A_log"))
+
+
+# ---- gates
+
+
+def product(shape: tuple[int, ...] = (2, 9, 40), parts: bool = True) -> Work:
+    """parts: gate and up are made as the two parts of a projection."""
+    torch.manual_seed(0)
+    if parts:
+        gate, up = (3 * torch.randn(*shape[:-1], 2 * shape[-1])).chunk(2, -1)
+    else:
+        gate, up = 3 * torch.randn(shape), torch.randn(shape[::-1]).permute(2, 1, 0)
+    return Work(
+        lambda gate, up: (activation.silu_product(gate, up),),
+        lambda gate, up: (F.silu(gate) * up,),
+        {"gate": gate, "up": up},
+    )
+
+
+def gates(shape: tuple[int, ...] = (2, 9, 40), lowest: float = -8.0, scale: float = 1 / 16) -> Work:
+    torch.manual_seed(0)
+
+    def torch_form(x):
+        kept = torch.float64 if x.dtype == torch.float64 else torch.float32
+        return (F.logsigmoid(x.to(kept)) * scale,)
+
+    inputs = {"x": lowest * torch.rand(*shape[:-1], shape[-1] + 16)[..., : shape[-1]] + 3}
+    return Work(lambda x: (activation.log_sigmoid(x, scale),), torch_form, inputs)
+
+
+def check_odd_gates(device: str) -> None:
+    """Raise where gates that are no common ones become something else than in PyTorch."""
+    inf, nan = torch.inf, torch.nan
+    x = torch.tensor([-inf, inf, nan, -1e30, 1e30, -200.0, 200.0, -0.0, 5e-8], device=device)
+    up = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, inf, 8.0, 9.0], device=device)
+    forms = {
+        lambda x, up: activation.silu_product(x, up): lambda x, up: F.silu(x) * up,
+        lambda x, up: activation.silu_product(up, x): lambda x, up: F.silu(up) * x,
+        lambda x, _: activation.log_sigmoid(x, 0.25): lambda x, _: F.logsigmoid(x) / 4,
+    }
+    for ours, theirs in forms.items():
+        results = []
+        for form in (ours, theirs):
+            leaves = x.clone().requires_grad_(), up.clone().requires_grad_()
+            y = form(*leaves)
+            results.append((y, *torch.autograd.grad(y.sum(), leaves, allow_unused=True)))
+        for found, want in zip(*results):
+            torch.testing.assert_close(found, want, equal_nan=True)
+    low = torch.tensor([-1e4, -3e38], device=device, dtype=torch.bfloat16)
+    assert torch.equal(activation.log_sigmoid(low, 0.25), low.float() / 4)
 
 
 # ---- losses

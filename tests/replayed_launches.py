@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from subquad.kernels import (
+    activation,
     layout,
     loss,
     matrix,
@@ -57,6 +58,10 @@ def backward(*args, **options):
     return make_backward
 
 
+def parts(*shape):
+    return draw((*shape[:-1], 2 * shape[-1]), dtype=BF16)[0].chunk(2, -1)
+
+
 def given(*shapes, then=()):
     return lambda: (*draw(*shapes), *then)
 
@@ -93,6 +98,14 @@ def cases():
     yield timestep.discretise, given(values, heads, (4,), (4,))
     yield timestep.discretise_backward, given(values, heads, values, heads, (4,), (4,))
     yield timestep.discretise_backward, given((0,), heads, None, heads, (4,), (4,))
+    yield activation.silu_product, lambda: parts(2, 50, 96)
+    yield activation.silu_product, lambda: (torch.rand(2, 96, 50).mT, *draw(rows))
+    yield (
+        activation.silu_product_backward,
+        lambda: (torch.rand(()).expand(rows), *parts(2, 50, 96)),
+    )
+    yield activation.log_sigmoid, lambda: (parts(2, 50, 96)[0], 0.0625)
+    yield activation.log_sigmoid_backward, lambda: (*draw(rows), parts(2, 50, 96)[1], 0.0625)
     labels = torch.zeros(2, 50, dtype=torch.int64)
     yield loss.cross_entropy, lambda: (*draw(rows, dtype=BF16), labels.clone())
     yield loss.cross_entropy, lambda: (torch.rand(2, 96, 50).mT, labels.int()[:, :1].expand(2, 50))

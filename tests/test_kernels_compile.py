@@ -66,21 +66,24 @@ def test_forward_and_backward_compile_for_hopper(tmp_path):
 
 
 BESIDE = """
-from subquad.kernels import loss
+from subquad.kernels import activation, loss
 
 def compile_only(kernel, grid, *arguments, **options):
     ptx = kernel.warmup(*arguments, grid=grid, **options).asm["ptx"]
     wide = "ld.global.v4" in ptx and ("st.global.v4" in ptx or kernel.__name__ == "forward")
     print(kernel.__name__, wide)
 
-loss.launch_one = compile_only
+activation.launch_one = loss.launch_one = compile_only
+gate, up = torch.randn(2, 3, 5632, dtype=torch.bfloat16, requires_grad=True).chunk(2, -1)
+activation.silu_product(gate, up).sum().backward()
+activation.log_sigmoid(gate, 0.25).sum().backward()
 logits = torch.randn(2, 3, 32000, dtype=torch.bfloat16, requires_grad=True)
 losses, _ = loss.cross_entropy(logits, torch.zeros(2, 3, dtype=torch.int64))
 losses.sum().backward()
 """
 
 
-def test_kernels_of_losses_compile_for_hopper(tmp_path):
+def test_kernels_of_gates_and_losses_compile_for_hopper(tmp_path):
     """And read and write 16 bytes at a time."""
     pytest.importorskip("triton")
     environment = {
@@ -93,7 +96,9 @@ def test_kernels_of_losses_compile_for_hopper(tmp_path):
         env=environment, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.splitlines() == ["forward True", "backward True"], done.stdout
+    names = "silu_product", "log_sigmoid"
+    found = [f"{name}{half} True" for name in names for half in ("", "_backward")]
+    assert done.stdout.splitlines() == [*found, "forward True", "backward True"], done.stdout
 
 
 def test_launches_run_in_order_and_new_ones_are_met_once():

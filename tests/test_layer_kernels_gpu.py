@@ -12,16 +12,19 @@ import subquad
 from layer_cases import (
     EXTRAS,
     GATES,
+    check_odd_gates,
     check_odd_losses,
     convolution,
     convolved_token,
     errors,
     gated_norm,
+    gates,
     losses,
+    product,
     steps,
     token,
 )
-from subquad.kernels import loss, matrix_step, norm, short_convolution, timestep
+from subquad.kernels import activation, loss, matrix_step, norm, short_convolution, timestep
 from subquad.models.loss import next_token_loss
 from subquad.recurrence.gpu import overwriting_states
 from subquad.recurrence.norm import gated_rms_norm, l2_norm
@@ -116,6 +119,23 @@ def test_norm_of_a_wider_residual(dtype):
 
 
 @DTYPES
+@pytest.mark.parametrize("parts", [True, False])
+def test_product(parts, dtype):
+    check(product((3, 333, 2816), parts), dtype)
+    check(product((2, 50, 75), parts), dtype)
+
+
+@DTYPES
+def test_gates(dtype):
+    check(gates((3, 333, 512)), dtype)
+    check(gates((2, 50, 75), lowest=17.0, scale=1.0), dtype)
+
+
+def test_odd_gates():
+    check_odd_gates("cuda")
+
+
+@DTYPES
 @pytest.mark.parametrize("V", [2, 1000, 4096, 32000, 50257])
 def test_losses(V, dtype):
     check(losses((3, 333, V)), dtype)
@@ -193,6 +213,8 @@ def test_a_models_loss(items):
 def test_bits_repeat():
     works = (
         losses((3000, 999)),
+        product((30, 100, 999)),
+        gates((3000, 999)),
         convolution(B=4, T=3000, D=300),
         gated_norm((9000, 512), 64),
         steps(4, 3000),
@@ -213,7 +235,18 @@ def test_offsets_beyond_32_bits():
     del y
     options = (None, None, None, None, 2100, False, 1e-5, 1.0, None)
     y = norm.norm(x, *options)
-    assert torch.equal(y[:, -40:], norm.norm(x[:, -40:].clone(), *options))
+    last = x[:, -40:].clone()
+    assert torch.equal(y[:, -40:], norm.norm(last, *options))
+    del y
+    for call in (
+        lambda x: (activation.silu_product(x, x),),
+        lambda x: activation.silu_product_backward(x, x, x),
+        lambda x: (activation.log_sigmoid(x, 0.25),),
+        lambda x: (activation.log_sigmoid_backward(x, x, 0.25),),
+    ):
+        for y, same in zip(call(x), call(last)):
+            assert torch.equal(y[:, -40:], same)
+        del y
 
 
 def test_opcheck():
@@ -230,6 +263,11 @@ def test_opcheck():
     inputs = [x.requires_grad_() for x in cuda(convolution(T=9))]
     torch.library.opcheck(short_convolution.convolve.op, (*inputs, None, True))
     torch.library.opcheck(timestep.discretise.op, [x.requires_grad_() for x in cuda(steps(T=9))])
+    inputs = [x.requires_grad_() for x in cuda(product())]
+    torch.library.opcheck(activation.silu_product.op, inputs)
+    torch.library.opcheck(activation.log_sigmoid.op, (inputs[0], 0.25))
+    logits, labels = torch.randn(2, 3, 20), torch.randint(20, (2, 3), device="cuda")
+    torch.library.opcheck(loss.cross_entropy.op, (logits.cuda().requires_grad_(), labels))
     for heads in (0, 4):
         inputs = [None if x is None else x.requires_grad_() for x in cuda(gated_norm(heads=heads))]
         torch.library.opcheck(norm.norm.op, (*inputs, 20, True, 1e-5, 1.0, None))

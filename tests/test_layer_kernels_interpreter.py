@@ -65,6 +65,15 @@ def cases() -> dict[str, tuple[str, dict]]:
         "gated_norm",
         {"order": None, "dtype": torch.bfloat16},
     )
+    found["product"] = "product", {}
+    found["product: laid out otherwise"] = "product", {"parts": False}
+    found["product: several blocks"] = "product", {"shape": (35, 300)}
+    found["product: one channel"] = "product", {"shape": (5, 1)}
+    found["product: bfloat16"] = "product", {}
+    found["gates"] = "gates", {"scale": 1.0}
+    found["gates: several blocks"] = "gates", {"shape": (35, 300)}
+    found["gates: nearly open"] = "gates", {"lowest": 17.0}
+    found["gates: bfloat16"] = "gates", {}
     found["losses"] = "losses", {"labels": torch.int32}
     found["losses: several blocks"] = "losses", {"shape": (5, 8200)}
     found["losses: large logits"] = "losses", {"shape": (70, 64), "offset": 1e4}
@@ -119,6 +128,25 @@ def test_step_sizes_that_pytorch_would_broadcast_or_refuse_are_left_to_it(monkey
     assert not _has_kernel(x[:, :, None], dt[:, :, None], one, one)
 
 
+def test_gates_and_losses_that_no_kernel_takes_are_left_to_pytorch(monkeypatch):
+    import torch
+
+    from subquad.recurrence import activation, cross_entropy
+
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    x, labels = torch.randn(2, 5, 4), torch.zeros(2, 5, dtype=torch.int64)
+    silu, log_sigmoid = torch.nn.functional.silu, torch.nn.functional.logsigmoid
+    assert activation._has_kernel(x, x) and cross_entropy._has_kernel(x, labels)
+    for gate, up in ((x, x[0]), (x, x[..., :1]), (x.double(), x), (x[0, 0, 0], x[0, 0, 0])):
+        assert torch.equal(activation.silu_product(gate, up), silu(gate) * up)
+    assert torch.equal(activation.log_sigmoid(x.double(), 4.0), log_sigmoid(x.double()) / 4)
+    assert activation.log_sigmoid(x[..., :0]).shape == (2, 5, 0)
+    assert activation.log_sigmoid(x[0, 0, 0].bfloat16()).dtype == torch.float32
+    for logits, due in ((x.double(), labels), (x, labels.short()), (x[..., :0], labels)):
+        assert not cross_entropy._has_kernel(logits, due)
+
+
 def main() -> None:
     import triton_interpreter  # noqa: F401, I001 - before anything that imports Triton
     import layer_cases
@@ -133,6 +161,7 @@ def main() -> None:
     check()
     check_far_rows()
     check_wrong_boundaries()
+    layer_cases.check_odd_gates("cpu")
     layer_cases.check_odd_losses("cpu")
     print(json.dumps(found))
 
@@ -142,7 +171,7 @@ def check() -> None:
     import torch
 
     import layer_cases
-    from subquad.kernels import loss, matrix_step, norm, short_convolution, timestep
+    from subquad.kernels import activation, loss, matrix_step, norm, short_convolution, timestep
 
     q, k, v, g, beta, a, b, bonus, state = layer_cases.token("[B,T,H]", "delta").inputs.values()
     given = (q, k, v, g, beta, a, b, bonus, 0.3, state)
@@ -155,6 +184,9 @@ def check() -> None:
     torch.library.opcheck(short_convolution.convolve.op, (*inputs, None, True))
     inputs = [x.requires_grad_() for x in layer_cases.steps(T=9).inputs.values()]
     torch.library.opcheck(timestep.discretise.op, inputs)
+    inputs = [x.requires_grad_() for x in layer_cases.product().inputs.values()]
+    torch.library.opcheck(activation.silu_product.op, inputs)
+    torch.library.opcheck(activation.log_sigmoid.op, (inputs[0], 0.25))
     logits, labels = torch.randn(2, 3, 20, requires_grad=True), torch.randint(0, 20, (2, 3))
     torch.library.opcheck(loss.cross_entropy.op, (logits, labels))
     for heads in (0, 4):
@@ -195,7 +227,7 @@ def check_far_rows() -> None:
 
     import torch
 
-    from subquad.kernels import loss, matrix_step, norm, short_convolution
+    from subquad.kernels import activation, loss, matrix_step, norm, short_convolution
 
     tokens, channels, apart = 20, 8, 2**27 + 2**25
     near, dy = torch.randn(2, 1, tokens, channels, dtype=torch.bfloat16).unbind(0)
@@ -213,6 +245,17 @@ def check_far_rows() -> None:
         assert all(torch.equal(one, other) for one, other in zip(grads, same))
         options = (None, None, None, None, channels, False, 1e-5, 1.0, None)
         assert torch.equal(norm.norm(far, *options), norm.norm(near, *options))
+        results = [
+            (
+                activation.silu_product(*pair),
+                *activation.silu_product_backward(dy, *pair),
+                activation.log_sigmoid(pair[0], 0.25),
+                activation.log_sigmoid_backward(dy, pair[0], 0.25),
+            )
+            for pair in ((far, near), (near, far), (near, near))
+        ]
+        for found in results[:2]:
+            assert all(torch.equal(one, other) for one, other in zip(found, results[2]))
         labels, dlosses = torch.randint(0, channels, (1, tokens)), torch.randn(1, tokens)
         (losses, sums), (same, _) = (loss.cross_entropy(x, labels) for x in (far, near))
         assert torch.equal(losses, same)

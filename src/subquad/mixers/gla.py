@@ -3,14 +3,14 @@
 B batch   T time   H heads   K key size   V value size
 """
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subquad.mixers.base import Mixer, State, divide
 from subquad.mixers.init import no_weight_decay
-from subquad.mixers.norms import NormThenGate, at_least_float32
+from subquad.mixers.norms import NormThenGate
 from subquad.mixers.projection import project
 from subquad.recurrence import linear_recurrence
+from subquad.recurrence.activation import log_sigmoid
 from subquad.recurrence.validate import fail
 
 
@@ -64,9 +64,7 @@ class GLA(Mixer):
         past = self.check_inputs(x, state, cu_seqlens)
         heads = (self.num_heads, -1)
         q, k, v, gate, low = project(self.in_proj, x).split_with_sizes(self.sizes, -1)
-        log_decay = (
-            F.logsigmoid(at_least_float32(project(self.decay_proj, low))) / self.gate_temperature
-        )
+        log_decay = log_sigmoid(project(self.decay_proj, low), self.gate_temperature)
         o, recurrent = linear_recurrence(
             q.unflatten(-1, heads),  # [B,T,H,K]
             k.unflatten(-1, heads),  # [B,T,H,K]

@@ -11,6 +11,7 @@ from subquad.mixers.base import Mixer, State
 from subquad.mixers.convolution import ShortConvolution
 from subquad.mixers.init import no_weight_decay, set_, set_step_size_
 from subquad.mixers.projection import project
+from subquad.recurrence.activation import silu_product
 from subquad.recurrence.diagonal import selective_scan
 from subquad.recurrence.validate import fail
 
@@ -100,4 +101,4 @@ class Mamba(Mixer):
         y, recurrent = selective_scan(
             x, F.softplus(dt), A, B, C, self.D, state=past.get("recurrent"), cu_seqlens=cu_seqlens
         )
-        return project(self.out_proj, y * F.silu(z)), {"conv": conv, "recurrent": recurrent}
+        return project(self.out_proj, silu_product(z, y)), {"conv": conv, "recurrent": recurrent}

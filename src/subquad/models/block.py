@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -12,6 +11,7 @@ from subquad.mixers.init import no_weight_decay
 from subquad.mixers.norms import RMSNorm
 from subquad.mixers.projection import project
 from subquad.models.config import SubquadConfig
+from subquad.recurrence.activation import silu_product
 
 
 class SwiGLU(nn.Module):
@@ -24,7 +24,7 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return project(self.down, F.silu(project(self.gate, x)) * project(self.up, x))
+        return project(self.down, silu_product(project(self.gate, x), project(self.up, x)))
 
 
 class Block(GradientCheckpointingLayer):
