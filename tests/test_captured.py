@@ -46,7 +46,14 @@ def done(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", capture)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    has_memory(monkeypatch, free=50, reserved=100, allocated=0)
     return []
+
+
+def has_memory(monkeypatch, free, reserved, allocated):
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1000))
 
 
 def captured(done, failing=()):
@@ -62,6 +69,7 @@ def captured(done, failing=()):
             raise failing.pop()
         else:
             Graph.capturing.calls.append((note, (tensor,)))
+        return tensor
 
     return Captured(step, torch.device("cpu"))
 
@@ -90,3 +98,19 @@ def test_a_step_that_cannot_be_captured_runs_as_it_is_from_then_on(done):
         for n in range(6):
             update(torch.tensor([float(n)]))
     assert done == [("eager", float(n)) for n in range(6)]
+
+
+@pytest.mark.parametrize(("free", "way"), [(30, "replayed"), (29, "eager")])
+def test_a_graph_leaves_room_for_others(done, monkeypatch, free, way):
+    has_memory(monkeypatch, free=free, reserved=100, allocated=40)
+    update = captured(done)
+    for n in range(5):
+        update(torch.tensor([float(n)]))
+    assert [how for how, *_ in done] == ["eager"] * 3 + [way] * 2
+
+
+def test_a_replay_returns_what_the_captured_step_returned(done):
+    update = captured(done)
+    found = [update(torch.tensor([float(n)])) for n in range(6)]
+    assert found[4] is found[5] and found[5].tolist() == [5.0]
+    assert [x.tolist() for x in found[:3]] == [[0.0], [1.0], [2.0]]

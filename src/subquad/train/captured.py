@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,60 +20,73 @@ _EAGER = 3  # like steps before the capture: kernels compile, libraries and the 
 class Captured:
     """Calls `step(*tensors)`, by a graph once some calls in a row had tensors of equal shapes.
 
-    There is one graph; calls with tensors of other shapes or dtypes run as they are.
+    There is one graph; calls with tensors of other shapes or dtypes run as they are. A graph has
+    memory of its own, as much as a step takes: where no more than half of that would be left for
+    others (evaluations), nothing is captured.
 
     Args:
         step: looks at nothing but these tensors and what lies where it did before, and never waits
             for the GPU. What it leaves must lie where it did, too: parameters, optimiser states
-            (`capturable`), sums.
+            (`capturable`), sums. What it returns, such as gradients, the next call writes over.
         device: a GPU.
     """
 
-    def __init__(self, step: Callable[..., None], device: torch.device) -> None:
+    def __init__(self, step: Callable[..., Any], device: torch.device) -> None:
         self.step, self.device = step, device
         self.kinds: list[tuple[torch.Size, torch.dtype]] = []  # of the last call's tensors
         self.calls = 0  # of that kind in a row
         self.fit = True  # False once the step could not be captured
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: list[Tensor] = []  # where the graph reads
+        self.outputs: Any = None  # what the captured step returned
         self.side = torch.cuda.Stream(device)  # captures want another stream than the default
 
-    def __call__(self, *tensors: Tensor) -> None:
+    def __call__(self, *tensors: Tensor) -> Any:
         kinds = _kinds(tensors)
         self.calls = self.calls + 1 if kinds == self.kinds else 1
         self.kinds = kinds
         if self.graph is None and self.fit and self.calls > _EAGER:
             self._capture(tensors)
         if self.graph is None or kinds != _kinds(self.inputs):
-            self._eagerly(tensors)
-            return
+            return self._eagerly(tensors)
         for own, new in zip(self.inputs, tensors):
             own.copy_(new, non_blocking=True)
         self.graph.replay()
+        return self.outputs
 
-    def _eagerly(self, tensors: tuple[Tensor, ...]) -> None:
+    def _eagerly(self, tensors: tuple[Tensor, ...]) -> Any:
         here = torch.cuda.current_stream(self.device)
         self.side.wait_stream(here)
         with torch.cuda.stream(self.side), warnings.catch_warnings():
             # The optimiser is told to be capturable, and tells when it is not being captured.
             warnings.filterwarnings("ignore", "This instance was constructed with capturable")
-            self.step(*(tensor.to(self.device, non_blocking=True) for tensor in tensors))
+            done = self.step(*(tensor.to(self.device, non_blocking=True) for tensor in tensors))
         here.wait_stream(self.side)
+        return done
 
     def _capture(self, tensors: tuple[Tensor, ...]) -> None:
         """Record what a step does, without doing it."""
+        if not self._has_room():
+            self.fit = False
+            return
+        torch.cuda.empty_cache()  # of what the graph is about to get again
         self.inputs = [tensor.to(self.device) for tensor in tensors]
         graph = torch.cuda.CUDAGraph()
         try:
             # Another thread draws and pins batches meanwhile: none of the graph's business.
             with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):
-                self.step(*self.inputs)
+                self.outputs = self.step(*self.inputs)
         except RuntimeError as error:
             self.fit = False
             reason = str(error).splitlines()[0]
             warnings.warn(f"training goes on without a CUDA graph: {reason}", stacklevel=4)
         else:
             self.graph = graph
+
+    def _has_room(self) -> bool:
+        cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return free >= cached / 2  # what is cached, the steps until now have taken
 
 
 def _kinds(tensors: Iterable[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:

@@ -92,6 +92,7 @@ def train(
             run = RunDirectory.reopen(run_dir, config) if resume else RunDirectory.create(run_dir)
             stack.enter_context(run)
         session = Session(config, model, corpus, device, run, emit)
+        stack.callback(session.release)
         session.begin(resume)
         stop = stack.enter_context(stop_on_signals())
         while session.step < config.steps and not stop:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from subquad.train import checkpoint
 from subquad.train.build import autocast_dtype
+from subquad.train.captured import Captured
 from subquad.train.config import TrainConfig
 from subquad.train.data import Batches, Corpus
 from subquad.train.optimizer import (
@@ -54,6 +55,7 @@ class Session:
         self.step = self.saved_step = 0
         self.seconds = 0.0  # spent in training steps; evaluation and saving not counted
         self.history: list[Record] = []
+        self.captured = Captured(self._gradients, device) if device.type == "cuda" else None
 
     def due(self, every: int) -> bool:
         return self.step % every == 0 or self.step == self.config.steps
@@ -67,14 +69,15 @@ class Session:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         inputs, targets, n_bytes = self.batches.batch(self.step)
-        loss = self._backward(inputs, targets)
-        limit = config.grad_clip or math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
+        found, gradients = (self.captured or self._gradients)(inputs, targets)
+        loss, norm = found.tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
                 f"step {self.step + 1}: the loss is {loss} and the gradient's norm {norm}; "
                 f"a smaller lr than {config.lr} or a longer warmup may help"
             )
+        for parameter, gradient in zip(self.model.parameters(), gradients):
+            parameter.grad = gradient
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -94,8 +97,13 @@ class Session:
             }
         )
 
-    def _backward(self, inputs: Tensor, targets: Tensor) -> float:
-        """Accumulate the gradient of the batch's mean loss; returns that loss, nats per token."""
+    def _gradients(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """Of the batch's mean loss, for all parameters, clipped.
+
+        Before them that loss, nats per token, and their norm, [2]: nothing waits for it here, so
+        that on a GPU all of this can be captured.
+        """
+        self.optimizer.zero_grad(set_to_none=True)  # what a capture that failed has left
         total = torch.zeros((), device=self.device)
         parts = self.config.accumulate
         for x, y in zip(inputs.chunk(parts), targets.chunk(parts)):
@@ -103,7 +111,9 @@ class Session:
                 loss = token_losses(self.model, x.to(self.device), y.to(self.device)).mean() / parts
             torch.autograd.backward(loss)
             total += loss.detach()
-        return total.item()
+        parameters = list(self.model.parameters())
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip or math.inf)
+        return torch.stack((total, norm.float())), [p.grad for p in parameters]
 
     def evaluate(self) -> None:
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
@@ -175,6 +185,10 @@ class Session:
                 raise ValueError(f"steps: got {self.config.steps}, but {path} is already beyond it")
         self.history = self.run.rewind_metrics(self.step)
         self._say(f"resuming after step {self.step}")
+
+    def release(self) -> None:
+        """Give back the memory of a captured step."""
+        self.captured = None
 
     def finish(self) -> None:
         if self.run is not None:
