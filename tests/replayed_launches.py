@@ -32,13 +32,13 @@ def draw(*shapes, dtype=FP32):
     return [None if shape is None else torch.rand(shape).to(dtype) for shape in shapes]
 
 
-def forward(T, gate, Hk=2, packed=False, bonus=False, dtype=BF16):
-    """What makes the arguments of `scan_forward`, with 2 heads of 64 channels."""
+def forward(T, gate, Hk=2, packed=False, bonus=False, dtype=BF16, V=64):
+    """What makes the arguments of `scan_forward`, with 2 heads of 64 keys."""
 
     def make():
-        q, k, v = draw((1, T, Hk, 64), (1, T, Hk, 64), (1, T, 2, 64), dtype=dtype)
+        q, k, v = draw((1, T, Hk, 64), (1, T, Hk, 64), (1, T, 2, V), dtype=dtype)
         log_decay, u = draw(gate, (2, 64) if bonus else None)
-        state = torch.rand(3, 2, 64, 64) if packed else None
+        state = torch.rand(3, 2, 64, V) if packed else None
         cu_seqlens = torch.tensor([0, 10, 10, T]) if packed else None
         return q, k, v, log_decay, u, state, cu_seqlens, 0.125
 
@@ -51,7 +51,8 @@ def backward(*args, **options):
     def make_backward():
         *inputs, cu_seqlens, scale = make()
         _, k, v, log_decay, _, _ = inputs
-        entering = torch.rand(passes.states_to_keep(k, v, log_decay, cu_seqlens), 2, 64, 64)
+        kept = passes.states_to_keep(k, v, log_decay, cu_seqlens)
+        entering = torch.rand(kept, 2, 64, v.shape[-1])
         with_gate = log_decay is not None
         return torch.rand_like(v), None, *inputs, entering, cu_seqlens, scale, with_gate
 
@@ -70,7 +71,8 @@ def cases():
     for T in (300, 3000):  # in one piece, and split
         for gate in (None, (2,), (2, 64), (1, T, 2), (1, T, 2, 64)):
             for options in (
-                {}, {"dtype": FP32}, {"Hk": 1}, {"Hk": 1, "packed": True}, {"bonus": True}
+                {}, {"dtype": FP32}, {"Hk": 1}, {"Hk": 1, "packed": True}, {"bonus": True},
+                {"V": 200},
             ):  # fmt: skip
                 yield matrix.scan_forward, forward(T, gate, **options)
                 yield matrix.scan_backward, backward(T, gate, **options)

@@ -18,6 +18,6 @@ def test_replayed_calls_launch_what_the_functions_launch():
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 125 and len({name for name, *_ in found}) == 20
+    assert len(found) == 145 and len({name for name, *_ in found}) == 20
     for name, launches, replays, *equal in found:
         assert launches and replays == 1 and equal == [True, True], (name, launches, replays, equal)
