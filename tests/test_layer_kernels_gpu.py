@@ -26,6 +26,7 @@ from layer_cases import (
 )
 from subquad.kernels import activation, loss, matrix_step, norm, short_convolution, timestep
 from subquad.models.loss import next_token_loss
+from subquad.recurrence.activation import log_sigmoid, silu_product
 from subquad.recurrence.gpu import overwriting_states
 from subquad.recurrence.norm import gated_rms_norm, l2_norm
 
@@ -208,6 +209,23 @@ def test_a_models_loss(items):
     wanted = torch.autograd.grad(want, list(model.parameters()))
     for mine, theirs in zip(gradients, wanted):
         torch.testing.assert_close(mine, theirs, rtol=0.02, atol=2e-2 * theirs.abs().max().item())
+
+
+def gates_and_loss(gate, up, labels):
+    logits = silu_product(gate, up)
+    return next_token_loss(logits, labels), log_sigmoid(gate, 16.0)
+
+
+def test_gates_and_losses_compile():
+    gate, up = torch.randn(2, 9, 100, device="cuda").requires_grad_().chunk(2, -1)
+    labels = torch.randint(50, (2, 9), device="cuda")
+    results = []
+    for call in (gates_and_loss, torch.compile(gates_and_loss, fullgraph=True)):
+        mean, log_decay = call(gate, up, labels)
+        grads = torch.autograd.grad(mean + log_decay.sum(), (gate, up))
+        results.append((mean, log_decay, *grads))
+    for found, want in zip(*results):
+        torch.testing.assert_close(found, want)
 
 
 def test_bits_repeat():

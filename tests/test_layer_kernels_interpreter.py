@@ -163,6 +163,7 @@ def main() -> None:
     check_wrong_boundaries()
     layer_cases.check_odd_gates("cpu")
     layer_cases.check_odd_losses("cpu")
+    check_models()
     print(json.dumps(found))
 
 
@@ -193,6 +194,40 @@ def check() -> None:
         inputs = layer_cases.gated_norm(heads=heads).inputs.values()
         inputs = [None if x is None else x.requires_grad_() for x in inputs]
         torch.library.opcheck(norm.norm.op, (*inputs, 20, True, 1e-5, 1.0, None))
+
+
+def check_models() -> None:
+    """Raise where models that are told of a GPU leave its gates or loss out, or come to others."""
+    import contextlib
+    from unittest import mock
+
+    import torch
+
+    from subquad import SubquadConfig, SubquadForCausalLM
+    from subquad.kernels import activation, layout, loss, shared
+
+    layout.processors = shared.processors = lambda device: 132
+    ids = torch.randint(50, (2, 9))
+    for mixer in ("gla", "mamba"):
+        config = SubquadConfig(mixer=mixer, hidden_size=32, num_hidden_layers=1, vocab_size=50)
+        model = SubquadForCausalLM(config)
+
+        def results(model=model):
+            mean = model(ids, labels=ids, use_cache=False).loss
+            return mean, *torch.autograd.grad(mean, list(model.parameters()))
+
+        wanted = results()
+        operators = [activation.silu_product, loss.cross_entropy]
+        operators += [activation.log_sigmoid] if mixer == "gla" else []
+        launches = [mock.Mock(side_effect=one._launch) for one in operators]
+        with contextlib.ExitStack() as patches:
+            patches.enter_context(mock.patch.object(torch.Tensor, "is_cuda", True))
+            for one, launch in zip(operators, launches):
+                patches.enter_context(mock.patch.object(one, "_launch", launch))
+            found = results()
+        assert all(launch.call_count == 1 for launch in launches), launches
+        for one, want in zip(found, wanted):
+            assert (one - want).norm() <= 1e-5 * want.norm(), mixer
 
 
 def check_wrong_boundaries() -> None:

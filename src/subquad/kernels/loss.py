@@ -14,7 +14,7 @@ from .launch import launch_one
 from .operator import operator
 from .replay import replayed
 
-TILE = 4096  # logits that a program holds
+TILE, WARPS = 4096, 4  # logits that a program holds at once, and its warps
 
 
 def supported(logits: Tensor, labels: Tensor) -> str | None:
@@ -89,4 +89,4 @@ def _results(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _sizes(logits: Tensor) -> dict[str, int]:
     V = logits.shape[-1]
-    return {"V": V, "BV": min(TILE, 1 << (V - 1).bit_length())}
+    return {"V": V, "BV": min(TILE, 1 << (V - 1).bit_length()), "num_warps": WARPS}
