@@ -101,8 +101,17 @@ def test_a_token_of_each_row_may_lie_anywhere(interpreted, gate):
     assert interpreted[f"{gate} one token, time first"] == {"equal": True}
 
 
+def test_packed_results_hold_nothing_that_was_in_memory(interpreted):
+    assert interpreted["old memory"] == {"hidden": True}
+
+
 def test_a_scale_of_next_to_nothing_spoils_no_gradient(interpreted):
     assert interpreted["tiny scale"] == {"equal": True}
+
+
+def test_no_state_has_no_gradient(interpreted):
+    """Of a thousand packed sequences it would be a gigabyte that nobody asked for."""
+    assert interpreted["no state"] == {"numbers": [0, 0]}
 
 
 def test_views_whose_heads_lie_too_far_apart_are_copied():
@@ -166,6 +175,7 @@ def main() -> None:
         leaves = [None if x is None else x.requires_grad_() for x in inputs]
         torch.library.opcheck(matrix.scan_forward.op, (*leaves, None, 0.3))
     found["tiny scale"] = {"equal": does_not_divide_by_scale(1e-42)}
+    found["old memory"] = {"hidden": shows_no_old_memory()}
     for gate in GATES:
         found[f"{gate} one token, time first"] = {"equal": does_not_mind_strides(gate)}
         if gate != "none":
@@ -173,6 +183,9 @@ def main() -> None:
     found["segments"] = {
         "wrong": [str(ends) for ends in boundaries() if not are_cut_well(*ends)],
         "outside": [str(ends) for ends in wrong_boundaries() if not stay_inside(*ends)],
+    }
+    found["no state"] = {
+        "numbers": [numbers_of_no_state(dtype) for dtype in ("bfloat16", "float32")]
     }
     print(json.dumps(found))
 
@@ -192,6 +205,25 @@ def does_not_divide_by_scale(scale: float) -> bool:
         return torch.autograd.grad(o.sum() + final.square().sum(), leaves)
 
     return all(map(torch.allclose, gradients(scale), gradients(0.0)))
+
+
+def shows_no_old_memory() -> bool:
+    """Whether the forward pass writes all of its results where sequences have fewer boundaries
+    between segments than there is room for."""
+    import torch
+
+    from kernel_cases import Case
+    from subquad.kernels import layout, matrix
+
+    case = Case("[B,T,H]", T=300, H=1, cu_seqlens=(0, 100, 300))
+    layout.SHORTEST_SEGMENT, layout.WARPS_PER_PROCESSOR = 256, 256
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        results = matrix.scan_forward(*case.inputs("cpu").values(), case.offsets("cpu"), 0.3)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert results[2].numel()
+    return all(x.isfinite().all().item() for x in results)
 
 
 def does_not_mind_strides(gate: str) -> bool:
@@ -223,6 +255,21 @@ def does_not_mind_strides(gate: str) -> bool:
     return all(map(torch.equal, run(time_first), run(lambda x: x)))
 
 
+def numbers_of_no_state(dtype: str) -> int:
+    """How many numbers the gradient of an absent state has; opcheck compares the fake's results."""
+    import torch
+
+    from kernel_cases import Case
+    from subquad.kernels import matrix
+
+    case = Case("[B,T,H]", T=33, state=False, dtype=getattr(torch, dtype))
+    q, k, v, gate, *_ = case.inputs("cpu").values()
+    _, _, states = matrix.scan_forward(q, k, v, gate, None, None, None, 0.3)
+    args = (v, None, q, k, v, gate, None, None, states, None, 0.3, True)
+    torch.library.opcheck(matrix.scan_backward.op, args, test_utils="test_faketensor")
+    return matrix.scan_backward(*args)[-1].numel()
+
+
 def boundaries() -> list[tuple[list[int], int]]:
     """Ends of packed sequences, some of them empty, and the tokens of a segment."""
     draw = random.Random(0)
@@ -234,12 +281,13 @@ def boundaries() -> list[tuple[list[int], int]]:
 def wrong_boundaries() -> list[tuple[list[int], int]]:
     """Ends that go back and forth and beyond the 700 tokens, and the tokens of a segment."""
     draw = random.Random(0)
-    ends = [[0, 700, 0, 700], *([draw.randint(-5, 1400) for _ in range(n)] for n in (2, 5, 9))]
+    ends = [[0, 700, 0, 700], [65, -(2**63), 650]]
+    ends += ([draw.randint(-5, 1400) for _ in range(n)] for n in (2, 5, 9))
     return [(some, length) for some in ends for length in (32, 256, 768)]
 
 
 def stay_inside(ends: list[int], length: int) -> bool:
-    """Whether kernels that are given wrong boundaries stay within tokens and chunks."""
+    """Whether wrong boundaries cut each token once, and nothing beyond the tokens and chunks."""
     import torch
 
     from subquad.kernels import layout
@@ -250,8 +298,9 @@ def stay_inside(ends: list[int], length: int) -> bool:
     launch(queue)
     begin, size, first, *_ = found.table[found.table[:, 1] > 0].unbind(1)
     chunks = -(-tokens // chunk) + len(ends) - 2
-    inside = (begin >= 0) & (begin + size <= tokens) & (first + -(-size // chunk) <= chunks)
-    return bool(inside.all() and found.offsets.max() <= found.segments)
+    inside = (first + -(-size // chunk) <= chunks).all() and found.offsets.max() <= found.segments
+    edges = torch.tensor([0]), begin + size, begin, torch.tensor([tokens])
+    return bool(inside and torch.equal(torch.cat(edges[:2]), torch.cat(edges[2:])))
 
 
 def are_cut_well(ends: list[int], length: int) -> bool:

@@ -36,7 +36,7 @@ def graphs(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("row", ["mamba2", "gla", "gated_deltanet", "attention"])
+@pytest.mark.parametrize("row", ["mamba2", "gla", "gated_deltanet", "softmax_attention"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_captured_steps_are_the_steps(row, accumulate, graphs, monkeypatch):
     config = settings(row, accumulate=accumulate, precision="float32")

@@ -152,7 +152,7 @@ def scan_backward(
     bonus: Tensor | None, state: Tensor | None, states: Tensor, cu_seqlens: Tensor | None,
     scale: float, with_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, log_decay (empty unless with_gate), bonus (empty if none), state.
+    """Gradients of q, k, v, log_decay (empty unless with_gate), bonus and state (empty if none).
 
     states: those between segments, as the forward pass left them.
     """
@@ -171,7 +171,7 @@ def scan_backward(
 
     walk = (gate, layout, value_tiles, heads)
     dstates = join_segments(q, do, *walk, dfinal, True, scale, bonus, queue)
-    dstate = empty_states(k, v, layout.sequences)
+    first = None if state is None else empty_states(k, v, layout.sequences)  # its gradient
     dv = torch.empty(v.shape, device=v.device, dtype=v.dtype)
     dq = v.new_empty(*v.shape[:3], width)
     dk = torch.empty_like(dq)
@@ -186,7 +186,7 @@ def scan_backward(
     run = partial(scan_launches, gate=gate, layout=layout, heads=heads, scale=scale, bonus=bonus)
     queue += [
         *run(k, q, do, dv_parts, tiles=value_tiles, reverse=True, start=dfinal, states=dstates,
-             finish=dstate),
+             finish=first),
         *run(do, v, k, dq_parts, tiles=key_tiles, out=True, start=state, states=states,
              finish=slopes.lasts, ends=slopes.ends, partner=q, reads=slopes.reads),
     ]  # fmt: skip
@@ -212,7 +212,7 @@ def scan_backward(
     launch(queue)
     return (
         _unshare(dq, q), _unshare(dk, k), dv, _fold(slopes.whole, log_decay, v),
-        _fold(dbonus, bonus, v), dstate,
+        _fold(dbonus, bonus, v), v.new_empty(0) if first is None else first,
     )  # fmt: skip
 
 
@@ -270,11 +270,11 @@ def _unshare(gradient: Tensor, like: Tensor) -> Tensor:
 
 @scan_backward.register_fake
 def _(do, dfinal, q, k, v, log_decay, bonus, state, states, cu_seqlens, scale, with_gate):
-    sequences = v.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dgate = log_decay.new_empty(log_decay.shape) if with_gate else v.new_empty(0)
     dbonus = v.new_empty(0) if bonus is None else bonus.new_empty(bonus.shape)
     grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
-    return *grads, dgate, dbonus, empty_states(k, v, sequences)
+    dstate = v.new_empty(0) if state is None else state.new_empty(state.shape)
+    return *grads, dgate, dbonus, dstate
 
 
 def _save(ctx, inputs: tuple, output: tuple) -> None:

@@ -191,6 +191,8 @@ def join_segments(
     width, columns = w.shape[-1], x.shape[-1]
     totals = x.new_empty(layout.boundaries, heads, width, dtype=torch.float32)
     packed = layout.offsets is not None
+    if packed:  # the sequences may have fewer: a result must not be what memory held
+        states.zero_()
     queue += scan_launches(None, w, x, None, gate, layout, tiles, heads, reverse=reverse,
                            scale=scale, states=states, totals=totals, bonus=bonus)  # fmt: skip
     # Of many packed sequences most have nothing to join: few programs each.

@@ -148,7 +148,7 @@ def scan(
     t = tl.arange(0, C)
     m = part * BM + tl.arange(0, BM)
     n = block * BN + tl.arange(0, BN)
-    EVEN_M: tl.constexpr = M % BM == 0
+    EVEN_M: tl.constexpr = M == BM * SLICES
     EVEN_N: tl.constexpr = N % BN == 0
     K: tl.constexpr = N if OUT else M
     k = n if OUT else m

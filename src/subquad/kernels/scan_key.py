@@ -72,7 +72,7 @@ def scan_key(
     t = tl.arange(0, C)
     m = part * BM + tl.arange(0, BM)
     n = block * BN + tl.arange(0, BN)
-    EVEN_M: tl.constexpr = M % BM == 0
+    EVEN_M: tl.constexpr = M == BM * SLICES
     EVEN_N: tl.constexpr = N % BN == 0
     G: tl.constexpr = N if OUT else M  # gated channels, and whether their tile needs a mask
     EVEN_G: tl.constexpr = EVEN_N if OUT else EVEN_M

@@ -1,7 +1,8 @@
 """The segments of packed sequences, found on the device: nothing waits for their lengths.
 
-No one has looked at the boundaries either, so they are held inside the tokens there are, and never
-fall: wrong ones give wrong numbers, but no access outside of a tensor.
+No one has looked at the boundaries either, so they are held inside the tokens there are and never
+fall, and the outer two are 0 and the number of tokens, whatever they say. Wrong ones give wrong
+numbers, but no access outside of a tensor, and no results that are what memory happened to hold.
 """
 
 import triton
@@ -26,11 +27,10 @@ def count_segments(
     for s0 in range(0, sequences + 1, BLOCK):
         inside = s0 + s <= sequences
         real = s0 + s < sequences
-        begin = tl.load(cu_seqlens + s0 + s, mask=inside, other=0).to(tl.int64)
-        end = tl.load(cu_seqlens + s0 + s + 1, mask=real, other=0).to(tl.int64)
-        begin = tl.associative_scan(tl.minimum(begin, tokens), 0, larger)
-        begin = tl.maximum(begin, highest)
-        size = tl.maximum(tl.minimum(end, tokens) - begin, 0)
+        begin = boundary(cu_seqlens, s0 + s, sequences, tokens, inside)
+        end = boundary(cu_seqlens, s0 + s + 1, sequences, tokens, real)
+        begin = tl.maximum(tl.associative_scan(begin, 0, larger), highest)
+        size = tl.maximum(end, begin) - begin
         pieces = tl.where(real, tl.maximum(tl.cdiv(size, length), 1), 0)
         chunks = tl.cdiv(size, C)
         tl.store(bounds + s0 + s, begin, mask=inside)
@@ -39,6 +39,12 @@ def count_segments(
         highest = tl.max(begin, 0)
         segment += tl.sum(pieces, 0)
         chunk += tl.sum(chunks, 0)
+
+
+@triton.jit
+def boundary(cu_seqlens, index, sequences, tokens, mask):
+    end = tl.load(cu_seqlens + index, mask=mask & (index > 0), other=0).to(tl.int64)
+    return tl.where(index == sequences, tokens, tl.minimum(tl.maximum(end, 0), tokens))
 
 
 @triton.jit

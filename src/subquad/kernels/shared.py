@@ -40,7 +40,7 @@ def gradients(
     state: Tensor | None, entering: Tensor, cu_seqlens: Tensor | None, scale: float,
     with_gate: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v, log_decay (empty unless with_gate) and the initial state.
+    """Gradients of q, k, v, log_decay (empty unless with_gate) and state (empty if none).
 
     entering: the states between the segments of the forward pass.
     """
@@ -50,7 +50,7 @@ def gradients(
     length = segment_tokens(k, v, gate.kind)
     walk = lay_out(batch, tokens, length, cu_seqlens, CHUNK, queue)
     leaving = join_segments(q, do, gate, walk, WALK, heads, dfinal, True, scale, None, queue)
-    dstate = empty_states(k, v, walk.sequences)
+    dstate = None if state is None else empty_states(k, v, walk.sequences)
     cut = lay_out(batch, tokens, CHUNK, cu_seqlens, CHUNK, queue)
     states, dstates = (v.new_empty(cut.segments, heads, width, k.shape[-1]) for _ in range(2))
 
@@ -73,6 +73,7 @@ def gradients(
     if with_gate and gate.fixed:
         dgate = dgate.sum((0, 1))
     dgate = dgate.to(log_decay.dtype) if with_gate else v.new_empty(0)
+    dstate = v.new_empty(0) if dstate is None else dstate
     return dq.view(k.shape), dk.view(k.shape), dv, dgate, dstate
 
 
