@@ -309,8 +309,8 @@ def gpu_crossing() -> str:
     return "\n".join(lines)
 
 
-def gpu_training() -> str:
-    rows = json.loads((DOCS / "results" / "models-train-h200.json").read_text("utf-8"))["rows"]
+def gpu_training(name: str) -> str:
+    rows = json.loads((DOCS / "results" / name).read_text("utf-8"))["rows"]
     lines = [
         "| model | by | parameters | training, tokens/s | ms a step | of matmul peak | memory |",
         "|---|---|---|---|---|---|---|",
@@ -324,6 +324,26 @@ def gpu_training() -> str:
             f"{row['tokens_per_s'] / 1e3:.1f}k | {row['ms']:.0f} | "
             f"{row['share_of_matmul_peak']:.1%} | {row['peak_GiB']:.0f} GiB |"
         )
+    return "\n".join(lines)
+
+
+def gpu_elementwise() -> str:
+    """Losses and gates beside PyTorch's."""
+    report = json.loads((DOCS / "results" / "elementwise-h200.json").read_text("utf-8"))
+    fla = {(row["work"], row["kind"]): row["graph_ms"] for row in report["fla"]["rows"]}
+    lines = [
+        "| work | | floor | ours (of floor) | fla | PyTorch | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        ours, torchs = row["ours"]["graph_ms"], row["torch"]["graph_ms"]
+        theirs = fla.get((row["work"], row["kind"]))
+        cells = [
+            row["work"], row["kind"], f"{row['floor_ms']:.3f}",
+            f"{ours:.3f} ({row['floor_ms'] / ours:.0%})", "" if theirs is None else f"{theirs:.3f}",
+            f"{torchs:.3f}", f"{torchs / ours:.1f}x",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -361,7 +381,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu_crossing": gpu_crossing,
     "gpu_packed": gpu_packed,
     "gpu_layers": gpu_layers,
-    "gpu_training": gpu_training,
+    "gpu_training": partial(gpu_training, "models-train-h200-fused.json"),
+    "gpu_training_earlier": partial(gpu_training, "models-train-h200.json"),
+    "gpu_elementwise": gpu_elementwise,
     "gpu_models": gpu_models,
 }
 
