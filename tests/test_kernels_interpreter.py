@@ -148,6 +148,20 @@ def test_the_kernels_are_named():
     assert "share" not in matrix.describe(q, q, v[:, :, :1], gate[:, :, :1])
 
 
+def test_slices_are_told_where_they_run(monkeypatch):
+    import torch
+
+    from subquad.kernels import layout, matrix, passes
+
+    monkeypatch.setattr(layout, "processors", lambda device: 132)
+    k, v = torch.zeros(1, 320, 1, 256), torch.zeros(1, 320, 1, 64)
+    for sequences, sliced in ((1, True), (131, True), (132, False)):
+        cu_seqlens = torch.arange(sequences + 1)
+        plan = passes.plan(k, v, None, cu_seqlens, [])
+        told = matrix.describe(k, k, v, cu_seqlens=cu_seqlens)
+        assert (plan.value_tiles.slices == 2) == sliced == ("2 slices" in told)
+
+
 def main() -> None:
     import triton_interpreter  # noqa: F401, I001 - before anything that imports Triton
     import torch

@@ -81,8 +81,22 @@ def test_equal_to_the_scan_in_the_interpreter(interpreted, name):
     assert {n: e for n, e in interpreted[name].items() if not e <= 1e-5} == {}
 
 
-def test_wrong_boundaries_reach_nothing_outside(interpreted):
+def test_wrong_boundaries_reach_nothing_outside_and_leave_no_token_out(interpreted):
     assert interpreted["outside"] == []
+    assert interpreted["old memory"] == []
+
+
+def shows_no_old_memory(ends: list[int], tokens: int) -> bool:
+    """Whether all results are written."""
+    from subquad.kernels import selective_scan_gpu
+
+    tensors, cu_seqlens = inputs(1, tokens, 5, 4, ends)
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        found = results(selective_scan_gpu, tensors, cu_seqlens)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    return all(x.isfinite().all().item() for x in found.values())
 
 
 def are_held_inside(ends: list[int], tokens: int) -> bool:
@@ -97,7 +111,7 @@ def are_held_inside(ends: list[int], tokens: int) -> bool:
     @triton.jit
     def tell(found, bounds, tokens, locate: triton.language.constexpr):
         s = triton.language.program_id(0)
-        begin, length = locate(bounds, s, tokens, True)
+        begin, length = locate(bounds, s, triton.language.num_programs(0), tokens, True)
         triton.language.store(found + 2 * s, begin)
         triton.language.store(found + 2 * s + 1, length)
 
@@ -139,6 +153,7 @@ def main() -> None:
     found = {name: errors(case) for name, case in CASES.items()}
     wrong = [0, 50, -3, 38], [-7, 38], [9, 4, 30], [40, 50, 2**40, -(2**40), 38]
     found["outside"] = [str(ends) for ends in wrong if not are_held_inside(ends, 38)]
+    found["old memory"] = [str(ends) for ends in wrong if not shows_no_old_memory(ends, 38)]
     print(json.dumps(found))
 
 

@@ -243,6 +243,40 @@ def test_a_step_that_failed_leaves_no_gradient_to_the_next():
     assert norms[0] == norms[1] > 0
 
 
+def test_a_captured_step_ends_with_the_training(monkeypatch):
+    """Its graph has the memory of a step, which the next row is to have."""
+    import gc
+
+    import subquad.train.task as module
+
+    graphs, real = [], module._Run.__init__
+
+    def capture(run, *given):
+        real(run, *given)
+        run.update = partial(run._update)  # of a graph, too, a method of the run is a part
+        graphs.append(weakref.ref(run.update))
+
+    monkeypatch.setattr(module._Run, "__init__", capture)
+    gc.disable()
+    try:
+        train_task(tasks.get("copying"), config_for(2), sequences=4)
+        assert graphs[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_the_callers_autocast_keeps_no_weights_as_they_were():
+    task, config = tasks.get("copying"), config_for(12, precision="bf16")
+
+    def losses():
+        found = train_task(task, config, sequences=4).history
+        return [record["loss"] for record in found]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        within = losses()
+    assert within == losses()
+
+
 def test_the_clock_ends_training_with_a_test_and_the_cosine_with_it(monkeypatch):
     from types import SimpleNamespace
 

@@ -135,6 +135,14 @@ def test_bf16_autocast_keeps_float32_weights(config):
     assert {p.dtype for p in result.model.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+def test_the_callers_autocast_keeps_no_weights_as_they_were(config, precision):
+    config = dataclasses.replace(config, precision=precision)
+    with torch.autocast("cpu", torch.bfloat16):
+        within = train(config)
+    assert within.losses == train(config).losses
+
+
 def test_rows_see_the_same_batches(config, monkeypatch):
     from subquad.train.data import Batches
 

@@ -29,16 +29,19 @@ def join(decay, write, later_decay, later_write):
 
 
 @triton.jit
-def locate(bounds, s, tokens, PACKED: tl.constexpr):
+def locate(bounds, s, sequences, tokens, PACKED: tl.constexpr):
     """The first token of sequence s, and how many it has.
 
-    Bounds are held inside the tokens there are, as no one has looked at them: wrong ones give wrong
-    numbers, but no access outside of a tensor.
+    Bounds are held inside the tokens there are, and the outer two are 0 and the number of tokens,
+    as no one has looked at them: wrong ones give wrong numbers, but no access outside of a tensor,
+    and no token is left out, whose results would be what memory happened to hold.
     """
     if PACKED:
-        begin = tl.minimum(tl.maximum(tl.load(bounds + s).to(tl.int64), 0), tokens)
-        end = tl.minimum(tl.load(bounds + s + 1).to(tl.int64), tokens)
-        return begin, tl.maximum(end - begin, 0).to(tl.int32)
+        begin = tl.load(bounds + s, mask=s > 0, other=0).to(tl.int64)
+        begin = tl.minimum(tl.maximum(begin, 0), tokens)
+        end = tl.load(bounds + s + 1).to(tl.int64)
+        end = tl.where(s + 1 == sequences, tokens, tl.minimum(tl.maximum(end, begin), tokens))
+        return begin, (end - begin).to(tl.int32)
     return s.to(tl.int64) * tokens, tokens
 
 
@@ -80,7 +83,7 @@ def forward(
     """y [M,D], last [S,D,N] and, with SAVE, the states before each tile [K,D,N]."""
     pid = tl.program_id(0)
     s = pid // BLOCKS
-    begin, length = locate(bounds, s, tokens, PACKED)
+    begin, length = locate(bounds, s, tl.num_programs(0) // BLOCKS, tokens, PACKED)
     d = (pid % BLOCKS) * BD + tl.arange(0, BD)
     n = tl.arange(0, BN)
     cell = d[:, None] * N + n[None, :]
@@ -119,7 +122,7 @@ def backward(
     """
     pid = tl.program_id(0)
     s, part = pid // PARTS, pid % PARTS
-    begin, length = locate(bounds, s, tokens, PACKED)
+    begin, length = locate(bounds, s, tl.num_programs(0) // PARTS, tokens, PACKED)
     n = tl.arange(0, BN)
     slot = begin // BT + s
     shares = part.to(tl.int64) * all_tokens

@@ -60,13 +60,16 @@ def supported(
 
 
 def describe(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, bonus: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, bonus: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> str:  # fmt: skip
     """One line for `explain`: the kernel, its tile sizes, and how the sequence is split."""
     batch, tokens, heads, width = v.shape
     gate = gate_kind(log_decay)
     length = segment_tokens(q, v, gate)
     segments = batch * -(-tokens // length)
+    if cu_seqlens is not None:  # as many as there could be
+        segments += cu_seqlens.numel() - 2
     tiles = share_out(q.shape[-1], width, v.dtype, gate, False, segments * heads, v.device)
     slices = f", {tiles.slices} slices of the key channels" if tiles.slices > 1 else ""
     pieces = f"segments of {length} tokens" if length < tokens else "one pass over the sequence"

@@ -107,7 +107,9 @@ class StepGraph:
             finally:  # if a step failed, its buffers are given back while `side` may still run
                 here.wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local"):
+            captured = torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local")
+            # Where a capture's end fails, torch leaves `side` current: `here` again in any case.
+            with torch.cuda.stream(here), captured:
                 self.logits = self._step(model)
 
     def _step(self, model: Any) -> Tensor:

@@ -87,7 +87,7 @@ def _triton(call: Call, form: str, must: bool) -> Plan | None:
 
         gate = gate_kind(log_decay)
         chunk = choose_tiles(q.shape[-1], v.shape[-1], v.dtype, gate, False).chunk
-        why = partial(matrix.describe, q, k, v, log_decay, call.bonus)
+        why = partial(matrix.describe, q, k, v, log_decay, call.bonus, call.cu_seqlens)
         return Plan("chunked", "triton", chunk, why)
     if must:
         raise fail("impl", "'triton'", f"'auto' or 'torch': {reason}", "use impl='auto'")

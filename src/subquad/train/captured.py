@@ -45,8 +45,11 @@ class Captured:
         kinds = _kinds(tensors)
         self.calls = self.calls + 1 if kinds == self.kinds else 1
         self.kinds = kinds
-        if self.graph is None and self.fit and self.calls > _EAGER:
-            self._capture(tensors)
+        if self.graph is None and self.fit:
+            if self.calls == _EAGER:
+                torch.cuda.empty_cache()  # of what others have left, as a model trained before
+            elif self.calls > _EAGER:
+                self._capture(tensors)
         if self.graph is None or kinds != _kinds(self.inputs):
             return self._eagerly(tensors)
         for own, new in zip(self.inputs, tensors):
@@ -70,11 +73,15 @@ class Captured:
             self.fit = False
             return
         torch.cuda.empty_cache()  # of what the graph is about to get again
-        self.inputs = [tensor.to(self.device) for tensor in tensors]
+        # Copies: each call writes over them, and a batch on the device is the caller's.
+        self.inputs = [tensor.to(self.device, copy=True) for tensor in tensors]
         graph = torch.cuda.CUDAGraph()
+        # Where a capture's end fails, as after a step that waited, torch leaves its stream current.
+        here = torch.cuda.stream(torch.cuda.current_stream(self.device))
+        # Another thread draws and pins batches meanwhile: none of the graph's business.
+        there = torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local")
         try:
-            # Another thread draws and pins batches meanwhile: none of the graph's business.
-            with torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local"):
+            with here, there:
                 self.outputs = self.step(*self.inputs)
         except RuntimeError as error:
             self.fit = False
@@ -86,7 +93,7 @@ class Captured:
     def _has_room(self) -> bool:
         cached = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
         free, _ = torch.cuda.mem_get_info(self.device)
-        return free >= cached / 2  # what is cached, the steps until now have taken
+        return free >= cached / 2  # what is cached, the last eager step has taken
 
 
 def _kinds(tensors: Iterable[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:

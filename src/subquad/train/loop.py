@@ -86,6 +86,8 @@ def train(
         # The caller's random numbers are none of our business, and ours none of theirs.
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(config.seed)
+        # Nor is their autocast, whose copies of weights would outlive the step that changes them.
+        stack.enter_context(torch.autocast(device.type, enabled=False, cache_enabled=False))
         model = build_model(config, corpus.tokenizer).to(device)
         run = None
         if run_dir is not None:

@@ -81,7 +81,10 @@ def train_task(
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         torch.manual_seed(config.seed)
+        # A caller's autocast has copies of weights that would outlive the step that changes them.
+        stack.enter_context(torch.autocast(device.type, enabled=False, cache_enabled=False))
         run = _Run(task, config, device, clock, on_event)
+        stack.callback(run.release)
         stop = stack.enter_context(stop_on_signals())
         stream = task.stream(config.batch_size, seed=config.seed)
         questions = stack.enter_context(_Ahead(stream, pin=device.type == "cuda"))
@@ -170,6 +173,10 @@ class _Run:
             self.sums += torch.stack((loss.detach(), norm.detach()))
         finally:  # a capture that failed leaves gradients that nothing has computed
             self.optimizer.zero_grad(set_to_none=True)
+
+    def release(self) -> None:
+        """Give back the memory of a captured step; Python would look for the cycle much later."""
+        self.update = self._update
 
     def _look(self) -> None:
         """Record the means of the losses and gradient norms since the last look, if any."""
