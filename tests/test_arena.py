@@ -244,7 +244,7 @@ def test_a_finished_arena_is_read_back_not_trained_again(finished, config):
 def test_ctrl_c_keeps_what_is_done_and_the_same_call_goes_on(finished, config, tmp_path):
     def press_ctrl_c(record):
         if record["kind"] == "train" and (record["row"], record["step"]) == ("gla", 3):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     stopped = run_arena(config, tmp_path / "arena", press_ctrl_c)
     assert stopped.missing == ["gla"]

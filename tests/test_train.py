@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import signal
 from itertools import pairwise
 
@@ -56,7 +55,7 @@ def interrupt_after(step, number=signal.SIGINT):
 
     def on_event(record):
         if record["kind"] == "train" and record["step"] == step:
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
 
     return on_event
 
@@ -306,8 +305,8 @@ def test_the_callers_random_numbers_and_signals_are_left_alone(config):
 def test_a_second_ctrl_c_insists(config, tmp_path):
     def twice(record):
         if record["kind"] == "train" and record["step"] == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "run", on_event=twice)

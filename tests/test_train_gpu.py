@@ -1,6 +1,5 @@
 """Training on a CUDA device (`pytest -m gpu`): captured steps do what the steps would have done."""
 
-import os
 import signal
 
 import pytest
@@ -94,4 +93,4 @@ class _Stop:
 
     def __call__(self, event):
         if event["kind"] == "train" and event["step"] == self.at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
