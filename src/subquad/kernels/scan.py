@@ -26,6 +26,7 @@ from .tiles import (
     HEAD_FIXED,
     LOG2E,
     NONE,
+    assigned,
     at_least,
     gap,
     load_tile,
@@ -131,12 +132,7 @@ def scan(
     """
     BLOCKS: tl.constexpr = (N + BN - 1) // BN
     SHARES: tl.constexpr = BLOCKS * SLICES
-    pid = tl.program_id(0)
-    share = pid % SHARES
-    block = share % BLOCKS
-    part = share // BLOCKS
-    head = (pid // SHARES) % H
-    segment = pid // (SHARES * H)
+    share, block, part, head, segment = assigned(BLOCKS, SHARES, H)
     sequence, is_first, is_last, behind, ahead = neighbours(
         segment, table, per_row, PACKED, REVERSE
     )

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .chunk_key import far_chunk, near_chunk, sum_gates
-from .tiles import gap, load_gates, load_tile, locate, neighbours
+from .tiles import assigned, gap, load_gates, load_tile, locate, neighbours
 
 
 @triton.jit
@@ -52,12 +52,7 @@ def scan_key(
     """
     BLOCKS: tl.constexpr = (N + BN - 1) // BN
     SHARES: tl.constexpr = BLOCKS * SLICES
-    pid = tl.program_id(0)
-    share = pid % SHARES
-    block = share % BLOCKS
-    part = share // BLOCKS
-    head = (pid // SHARES) % H
-    segment = pid // (SHARES * H)
+    _, block, part, head, segment = assigned(BLOCKS, SHARES, H)
     sequence, is_first, is_last, behind, ahead = neighbours(
         segment, table, per_row, PACKED, REVERSE
     )

@@ -33,6 +33,15 @@ def at_least(gate, floor):
 
 
 @triton.jit
+def assigned(BLOCKS: tl.constexpr, SHARES: tl.constexpr, H: tl.constexpr):
+    """What a program of a scan works on: its share of a head, which is a block of output columns
+    and a slice of the contracted channels; the head; the segment."""
+    pid = tl.program_id(0)
+    share = pid % SHARES
+    return share, share % BLOCKS, share // BLOCKS, (pid // SHARES) % H, pid // (SHARES * H)
+
+
+@triton.jit
 def locate(segment, table, tokens, length, per_row, PACKED: tl.constexpr, C: tl.constexpr):
     """First token, length, and first chunk (counted over the whole call) of a segment."""
     if PACKED:

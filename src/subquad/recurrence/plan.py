@@ -72,7 +72,7 @@ def _triton(call: Call, form: str, must: bool) -> Plan | None:
             return Plan("recurrent", "triton", 1, why)
     if not must and form not in ("auto", "chunked"):
         return None
-    from subquad.kernels import matrix
+    from subquad.kernels import layout, matrix
 
     reason = "no GPU kernel erases yet" if call.erase is not None else None
     if not can_call_operators():
@@ -83,10 +83,8 @@ def _triton(call: Call, form: str, must: bool) -> Plan | None:
         q, k, v, log_decay, call.bonus, None, call.state, call.cu_seqlens
     )
     if reason is None:
-        from subquad.kernels.layout import choose_tiles, gate_kind
-
-        gate = gate_kind(log_decay)
-        chunk = choose_tiles(q.shape[-1], v.shape[-1], v.dtype, gate, False).chunk
+        gate = layout.gate_kind(log_decay)
+        chunk = layout.choose_tiles(q.shape[-1], v.shape[-1], v.dtype, gate, False).chunk
         why = partial(matrix.describe, q, k, v, log_decay, call.bonus, call.cu_seqlens)
         return Plan("chunked", "triton", chunk, why)
     if must:
