@@ -25,9 +25,10 @@ from gpu import copy_rate, describe_run, replayed, shorten_autotuning
 from layers import BF16, timed, trained
 from torch import Tensor
 
-from subquad.kernels import activation, loss
-from subquad.recurrence.activation import log_sigmoid, silu_product
-from subquad.recurrence.cross_entropy import cross_entropy
+from subquad.engines.cross_entropy import gpu as loss
+from subquad.engines.cross_entropy.api import cross_entropy
+from subquad.engines.gates import gpu as activation
+from subquad.engines.gates.api import log_sigmoid, silu_product
 
 TOKENS, CHANNELS, GATES = 8 * 4096, 2816, 512
 # What is timed, its leaves, bytes moved forward and backward, and who computes it how.

@@ -18,8 +18,8 @@ from typing import Any
 from experiments import EXPERIMENTS, Size
 
 from subquad.arena.entrants import Entrant
-from subquad.arena.task_results import TaskArenaConfig, TaskArenaResults
-from subquad.arena.task_run import run_task_arena
+from subquad.arena.task.results import TaskArenaConfig, TaskArenaResults
+from subquad.arena.task.run import run_task_arena
 
 _LEAST = 20.0  # seconds of training below which a job is not begun
 

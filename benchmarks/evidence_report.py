@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from evidence_jobs import Job, Part
 from experiments import EXPERIMENTS, Experiment, Values, at
 
-from subquad.arena.results import write_atomically, write_json
-from subquad.arena.task_results import TaskArenaResults, TaskPlan, TaskRowResult
+from subquad.arena.task.results import TaskArenaResults, TaskPlan, TaskRowResult
+from subquad.arena.text.results import write_atomically, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

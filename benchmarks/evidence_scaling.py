@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from evidence_report import save
 
-from subquad.arena.scaling import RowScaling, scaling_from_json
+from subquad.arena.scaling.results import RowScaling, scaling_from_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -38,7 +38,7 @@ import torch
 from gpu_peers import PEERS, lift_refusal, peers_of, shape_for, shorten_autotuning, version_of
 from torch import Tensor
 
-from subquad.kernels import matrix
+from subquad.engines.matrix.gpu import scan as matrix
 
 SHAPES = {  # B, T, H, Hk, K, V
     "B8 T4096 H16 K128 V128": (8, 4096, 16, 16, 128, 128),

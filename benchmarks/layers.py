@@ -25,10 +25,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import subquad
-from subquad.kernels import matrix_step, norm, short_convolution
-from subquad.recurrence.convolution import _convolve
-from subquad.recurrence.gpu import overwriting_states
-from subquad.recurrence.norm import _plain, rms_norm, skipped_gated_rms_norm
+from subquad.engines.convolution import gpu as short_convolution
+from subquad.engines.convolution.api import _convolve
+from subquad.engines.matrix.gpu import step as matrix_step
+from subquad.engines.norm import gpu as norm
+from subquad.engines.norm.api import _plain, rms_norm, skipped_gated_rms_norm
+from subquad.engines.runtime.overwrite import overwriting_states
 
 H, K, V = 16, 128, 128
 BF16 = {"device": "cuda", "dtype": torch.bfloat16}
@@ -174,7 +176,7 @@ def gated_norms(peers: bool):
         weight = torch.randn(size, **BF16).requires_grad_()
 
         def ours(x, gate, w, size=size, first=first):
-            return subquad.recurrence.norm.gated_rms_norm(x, gate, size, w, 1e-5, gate_first=first)
+            return subquad.engines.norm.api.gated_rms_norm(x, gate, size, w, 1e-5, gate_first=first)
 
         def plain(x, gate, w, size=size, first=first):
             if first:

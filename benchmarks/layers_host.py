@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import subquad
-from subquad.recurrence.norm import rms_norm
-from subquad.recurrence.timestep import discretize
+from subquad.engines.norm.api import rms_norm
+from subquad.engines.step_size.api import discretize
 
 BF16 = {"device": "cuda", "dtype": torch.bfloat16}
 

@@ -14,8 +14,8 @@ import os
 
 import torch
 
-from subquad.kernels import layout, passes
-from subquad.kernels.launch import launch
+from subquad.backend.gpu.launch import launch
+from subquad.engines.matrix.gpu import layout, passes
 
 PARTS = {"o": (False, False), "dv": (False, True), "dq": (True, False), "dk": (True, True)}
 

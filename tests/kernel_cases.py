@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subquad.kernels import matrix
-from subquad.recurrence import forms, reference
+from subquad.engines.matrix import forms, reference
+from subquad.engines.matrix.gpu import scan as matrix
 
 NAMES = ("q", "k", "v", "log_decay", "bonus", "state")
 

@@ -13,10 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from subquad.kernels import activation, loss, matrix_step, norm, short_convolution, timestep
-from subquad.recurrence import reference
-from subquad.recurrence.convolution import _convolve
-from subquad.recurrence.norm import _plain
+from subquad.engines.convolution import gpu as short_convolution
+from subquad.engines.convolution.api import _convolve
+from subquad.engines.cross_entropy import gpu as loss
+from subquad.engines.gates import gpu as activation
+from subquad.engines.matrix import reference
+from subquad.engines.matrix.gpu import step as matrix_step
+from subquad.engines.norm import gpu as norm
+from subquad.engines.norm.api import _plain
+from subquad.engines.step_size import gpu as timestep
 
 Run = Callable[..., tuple[Tensor, ...]]
 

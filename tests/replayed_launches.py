@@ -8,20 +8,26 @@ import json
 import torch
 from torch import Tensor
 
-from subquad.kernels import (
-    activation,
+from subquad.backend.gpu import launch_cache as replay
+from subquad.engines.convolution import gpu as conv
+from subquad.engines.cross_entropy import gpu as loss
+from subquad.engines.gates import gpu as activation
+from subquad.engines.matrix.gpu import (
     layout,
-    loss,
-    matrix,
-    matrix_step,
-    norm,
     passes,
-    replay,
-    shared,
-    timestep,
 )
-from subquad.kernels import selective_scan_gpu as scan
-from subquad.kernels import short_convolution as conv
+from subquad.engines.matrix.gpu import (
+    scan as matrix,
+)
+from subquad.engines.matrix.gpu import (
+    shared_keys as shared,
+)
+from subquad.engines.matrix.gpu import (
+    step as matrix_step,
+)
+from subquad.engines.norm import gpu as norm
+from subquad.engines.selective import gpu as scan
+from subquad.engines.step_size import gpu as timestep
 from triton_stub import launched
 
 layout.processors = shared.processors = lambda device: 132

@@ -25,13 +25,13 @@ from subquad.arena import (
     terminal_table,
     write_report,
 )
-from subquad.arena.command import parse_count
 from subquad.arena.drawing import byte_count, count, smooth, spread
 from subquad.arena.equalise import count_parameters
 from subquad.arena.measure import decode_timings, heldout_windows
-from subquad.arena.report import command_line
-from subquad.arena.results import RowResult, Shape, Training, difference
+from subquad.arena.text.report import command_line
+from subquad.arena.text.results import RowResult, Shape, Training, difference
 from subquad.cli import app
+from subquad.cli.arena_body import parse_count
 from subquad.mixers import MIXERS
 from subquad.models import SubquadConfig, SubquadForCausalLM
 from subquad.train import TrainConfig, TrainingError, evaluate, load_corpus, train
@@ -134,7 +134,7 @@ def test_a_row_whose_training_breaks_off_does_not_keep_the_others_from_theirs(
             raise TrainingError("step 3: the loss is nan")
         return train(settings, *args, **kwargs)
 
-    monkeypatch.setattr("subquad.arena.run.train", break_off)
+    monkeypatch.setattr("subquad.arena.text.run.train", break_off)
     results = run_arena(replace(config, steps=2, sample_tokens=2), tmp_path)
     assert [result.name for result in results.rows] == ["gla"]
     assert results.failures == {"softmax_attention": "step 3: the loss is nan"}

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from subquad.recurrence import Delta, LowRank, explain, linear_recurrence
+from subquad.engines import Delta, LowRank, explain, linear_recurrence
 
 sizes = st.integers(1, 5)
 

@@ -135,7 +135,7 @@ def test_a_failed_capture_leaves_the_stream_as_it_was(done, current):
 
 
 def test_a_failed_capture_of_decoding_leaves_the_stream_as_it_was(current, monkeypatch):
-    from subquad.models import graph
+    from subquad.decode.gpu import graph
 
     class Model(torch.nn.Module):
         def step(self, tokens, states):

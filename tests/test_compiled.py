@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from subquad.recurrence import Delta, LowRank, explain, linear_recurrence
+from subquad.engines import Delta, LowRank, explain, linear_recurrence
 from test_recurrence import DECAYS, assert_equal, leaves, make, run
 
 CASES = list(itertools.product(DECAYS, (None, "delta")))
@@ -80,7 +80,7 @@ def test_a_bonus_equals_the_loop(decay, hard):
 @pytest.mark.parametrize("B, Hk, G", [(1, 1, 5), (3, 1, 2), (1, 2, 3), (2, 4, 1)])
 def test_any_split_over_threads(B, Hk, G, threads, decay, erase, monkeypatch):
     """Heads that share a key may meet on several threads: their gradients of it are summed."""
-    from subquad.kernels import cpu
+    from subquad.backend.cpu import compile as cpu
 
     monkeypatch.setattr(cpu, "SMALL", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
@@ -113,8 +113,8 @@ def test_views_and_what_is_not_asked_for(decay, erase):
 
 
 def test_runs_where_it_can():
-    from subquad.kernels import chunked_cpu
-    from subquad.recurrence import compiled
+    from subquad.engines.matrix.cpu import chunked as compiled
+    from subquad.engines.matrix.cpu import walk as chunked_cpu
 
     assert compiled.CHUNK == chunked_cpu.CHUNK  # which is compiled in, and costs numba to look up
     bonus = [(decay, None, True) for decay in DECAYS]
@@ -137,7 +137,7 @@ def test_runs_where_it_can():
 def test_threads(own, monkeypatch):
     """All slices run, on torch's team as on our own; errors come through; the caller's treatment
     of denormal numbers stays as it was."""
-    from subquad.kernels import cpu
+    from subquad.backend.cpu import compile as cpu
 
     if own:
         monkeypatch.setattr(cpu, "_parallel", None)
@@ -163,7 +163,7 @@ def test_threads(own, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(16, 64), (64, 16), (48, 80)])
 def test_transpose(shape):
-    from subquad.kernels.vectors_cpu import transpose
+    from subquad.backend.cpu.vectors import transpose
 
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     out = np.empty(shape[::-1], np.float32)
@@ -173,7 +173,7 @@ def test_transpose(shape):
 
 @pytest.mark.parametrize("L", [8, 24, 64])
 def test_products(L):
-    from subquad.kernels import product_cpu as product
+    from subquad.backend.cpu import product
 
     r = np.random.default_rng(0)
     square = L == 64
@@ -241,7 +241,7 @@ def test_one_tensor_for_several(decay, erase):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_ctrl_c_is_not_lost(monkeypatch):
     """It comes in the caller's lines; ctypes swallows it, and others may have done all the work."""
-    from subquad.kernels import cpu
+    from subquad.backend.cpu import compile as cpu
 
     if cpu._parallel is None:
         pytest.skip("torch runs on another kind of threads")

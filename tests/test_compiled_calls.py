@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
-from subquad.recurrence import linear_recurrence
+from subquad.engines import linear_recurrence
 from test_compiled import KINDS, single
 from test_recurrence import make
 
@@ -15,7 +15,7 @@ from test_recurrence import make
 @KINDS
 def test_operator_is_sound(decay, erase, packed):
     """Its shapes without computing, its gradients under compilation: torch's own checks."""
-    from subquad.recurrence.compiled import _chunked, _most_chunks
+    from subquad.engines.matrix.cpu.chunked import _chunked, _most_chunks
 
     call = single(make(decay, erase, B=1, T=100, packed=packed))
     beta = None if erase is None else call["erase"].beta.requires_grad_()
@@ -87,7 +87,7 @@ def test_transforms_within_compilation():
 
 def test_a_backward_pass_for_which_no_states_were_kept():
     """They are computed again; compiled code that is given none would read them all the same."""
-    from subquad.recurrence.compiled import _chunked, _chunked_backward
+    from subquad.engines.matrix.cpu.chunked import _chunked, _chunked_backward
 
     call = single(make("BTH", "delta", T=70))
     q = call["q"].requires_grad_()

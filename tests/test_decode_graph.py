@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from subquad import SubquadConfig, SubquadForCausalLM
+from subquad.decode.fingerprint import shown
+from subquad.decode.gpu import graph as graphs_module
+from subquad.decode.gpu.graph import MOST_IDLE, _Shelf
+from subquad.engines.runtime.overwrite import may_overwrite, overwriting_states
 from subquad.generate import generate_batch
 from subquad.mixers import GatedDeltaNet
 from subquad.models import SubquadCache, language
-from subquad.models import graph as graphs_module
-from subquad.models.graph import MOST_IDLE, _Shelf
-from subquad.models.look import shown
 from subquad.models.stack import SubquadModel
-from subquad.recurrence.gpu import may_overwrite, overwriting_states
 
 
 def build() -> SubquadForCausalLM:

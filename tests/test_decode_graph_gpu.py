@@ -6,9 +6,10 @@ import gc
 import pytest
 import torch
 
+from subquad.decode.gpu import graph
 from subquad.generate import generate_batch, generate_tokens
 from subquad.mixers import MIXERS
-from subquad.models import SubquadCache, SubquadConfig, SubquadForCausalLM, graph, language
+from subquad.models import SubquadCache, SubquadConfig, SubquadForCausalLM, language
 
 pytestmark = [
     pytest.mark.gpu,

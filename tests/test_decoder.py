@@ -18,11 +18,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import subquad
-from subquad.kernels import tape
-from subquad.kernels.cpu import at
-from subquad.kernels.linear_cpu import linear
-from subquad.kernels.tape import kernel
-from subquad.kernels.team import Team, share, team
+from subquad.backend.cpu import tape
+from subquad.backend.cpu.compile import at
+from subquad.backend.cpu.tape import kernel
+from subquad.backend.cpu.team import Team, share, team
+from subquad.engines.projection.cpu import linear
 from subquad.mixers import MIXERS
 from subquad.models import SubquadConfig, SubquadForCausalLM
 

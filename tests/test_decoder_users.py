@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import subquad
+from subquad.decode.cpu import decoder
+from subquad.decode.cpu.decoder import Decoder
 from subquad.mixers import MIXERS
 from subquad.mixers.base import Mixer
-from subquad.models import decoder
-from subquad.models.decoder import Decoder
 from test_decoder import IDS, build, calls, close, decode  # noqa: F401
 
 
@@ -163,7 +163,7 @@ class TwoSteps(Leaky):
         past = self.check_inputs(x, state, cu_seqlens)
         B, T, D = x.shape
         v = torch.stack([self.W(x), x], 2).view(B, 2 * T, 1, D)
-        k = subquad.recurrence.norm.l2_norm(v, D)
+        k = subquad.engines.norm.api.l2_norm(v, D)
         beta = torch.stack([x[..., :1], x[..., 1:2]], 2).sigmoid().view(B, 2 * T, 1)
         o, h = subquad.linear_recurrence(
             k, k, v, erase=subquad.Delta(beta), state=past.get("h"), cu_seqlens=cu_seqlens

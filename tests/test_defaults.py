@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from subquad.recurrence import linear_recurrence, selective_scan, short_convolution
+from subquad.engines import linear_recurrence, selective_scan, short_convolution
 from test_compiled import single
 from test_recurrence import make
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from subquad import Delta, SubquadConfig, SubquadForCausalLM, explain, linear_recurrence
-from subquad.recurrence import selective_scan, short_convolution, watch
+from subquad.engines import selective_scan, short_convolution, watch
 
 B, T, H, K, V = 2, 70, 2, 5, 3
 PACKED = torch.tensor([0, 1, 40, 70])
@@ -256,7 +256,7 @@ def test_an_exported_program_has_gradients(cu_seqlens):
 
 def test_gpu_kernels_are_not_asked_for_what_they_would_drop(monkeypatch):
     """Forward derivatives through them would be zeros, and torch.func's gradients fail."""
-    from subquad.kernels import matrix
+    from subquad.engines.matrix.gpu import scan as matrix
 
     monkeypatch.setattr(matrix, "supported", lambda *args: None)  # as on a GPU
     monkeypatch.setattr(Tensor, "is_cuda", True)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from subquad.recurrence.lti import diagonal_ssm
+from subquad.engines.invariant.api import diagonal_ssm
 
 NAMES = ("u", "log_A_bar", "B_bar", "C", "D", "state")
 

@@ -21,10 +21,10 @@ from types import CodeType
 import pytest
 import torch
 
-from subquad.arena.scaling import QUANTITIES, Exponent
-from subquad.arena.scaling_report import exponent_text
+from subquad.arena.scaling.report import exponent_text
+from subquad.arena.scaling.results import QUANTITIES, Exponent
 from subquad.mixers import MIXERS
-from subquad.recurrence import ROWS, Row
+from subquad.table import ROWS, Row
 from subquad.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]

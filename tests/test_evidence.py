@@ -191,7 +191,7 @@ def test_every_size_of_every_experiment_can_be_planned(evidence):
     """No experiment fails after hours for a setting that could not be."""
     import experiments
 
-    from subquad.arena.task_results import TaskArenaConfig
+    from subquad.arena.task.results import TaskArenaConfig
 
     for name, experiment in experiments.EXPERIMENTS.items():
         for size in experiment.sizes.values():

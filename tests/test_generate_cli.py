@@ -19,12 +19,12 @@ from typer.testing import CliRunner
 
 from subquad import SubquadCache, SubquadConfig, SubquadForCausalLM
 from subquad.cli import app, main
+from subquad.cli.train_body import parse_layers, parse_setting, settle
 from subquad.generate import TextPieces, draw, generate_batch, generate_tokens, load, stream
 from subquad.generate.decode import _reading
 from subquad.generate.load import model_folder
 from subquad.models import ByteTokenizer
 from subquad.train import TrainConfig, train
-from subquad.train.command import parse_layers, parse_setting, settle
 
 BYTES = ByteTokenizer()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from subquad.mixers.growing import append
+from subquad.layers.growing import append
 
 
 def slots(S, rows=2):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from subquad.kernels.gpu import rows
+from subquad.backend.gpu.tensors import rows
 
 x = torch.arange(2 * 5 * 3 * 4.0).view(2, 5, 3, 4)
 SEEN = {  # tensors, how many of their axes hold the channels, and whether they are copied

@@ -28,7 +28,8 @@ class Driver:  # what Triton asks of one before it launches anything
     get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
 
 triton.runtime.driver.set_active(Driver())
-from subquad.kernels import launch, matrix, shared
+from subquad.backend.gpu import launch
+from subquad.engines.matrix.gpu import scan as matrix, shared_keys as shared
 
 compiled = []
 
@@ -66,7 +67,8 @@ def test_forward_and_backward_compile_for_hopper(tmp_path):
 
 
 BESIDE = """
-from subquad.kernels import activation, loss
+from subquad.engines.cross_entropy import gpu as loss
+from subquad.engines.gates import gpu as activation
 
 def compile_only(kernel, grid, *arguments, **options):
     ptx = kernel.warmup(*arguments, grid=grid, **options).asm["ptx"]
@@ -102,7 +104,7 @@ def test_kernels_of_gates_and_losses_compile_for_hopper(tmp_path):
 
 
 def test_launches_run_in_order_and_new_ones_are_met_once():
-    from subquad.kernels.launch import Launch, _met, launch
+    from subquad.backend.gpu.launch import Launch, _met, launch
 
     ran = []
 
@@ -126,7 +128,7 @@ def test_after_a_compilation_that_failed_others_are_tried():
         pytest.skip("kernels are compiled by their launches")
     from triton.runtime._async_compile import active_mode
 
-    from subquad.kernels.launch import Launch, launch
+    from subquad.backend.gpu.launch import Launch, launch
 
     class Kernel(triton.JITFunction):
         __hash__ = object.__hash__

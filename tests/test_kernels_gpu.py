@@ -9,7 +9,8 @@ import torch
 
 import subquad
 from kernel_cases import Case, chunked_torch, draws, errors, kernels, oracle, results, shows_nan
-from subquad.kernels import layout, matrix
+from subquad.engines.matrix.gpu import layout
+from subquad.engines.matrix.gpu import scan as matrix
 
 pytestmark = [
     pytest.mark.gpu,

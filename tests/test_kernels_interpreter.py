@@ -118,7 +118,7 @@ def test_views_whose_heads_lie_too_far_apart_are_copied():
     """As of [B,H,T,K] with more than 2^31 elements."""
     import torch
 
-    from subquad.kernels.passes import strided
+    from subquad.engines.matrix.gpu.passes import strided
 
     near, far = (torch.empty(1, 16, n, 128, device="meta").transpose(1, 2) for n in (2**19, 2**21))
     assert strided(near) is near
@@ -128,7 +128,7 @@ def test_views_whose_heads_lie_too_far_apart_are_copied():
 def test_reasons_to_decline():
     import torch
 
-    from subquad.kernels import matrix
+    from subquad.engines.matrix.gpu import scan as matrix
 
     q = torch.zeros(1, 2, 1, 16)
     assert "CUDA" in matrix.supported(q, q, q)
@@ -137,7 +137,7 @@ def test_reasons_to_decline():
 def test_the_kernels_are_named():
     import torch
 
-    from subquad.kernels import matrix
+    from subquad.engines.matrix.gpu import scan as matrix
 
     q = torch.zeros(1, 70, 1, 128, dtype=torch.bfloat16)
     v, gate = torch.zeros(1, 70, 4, 64, dtype=torch.bfloat16), torch.zeros(1, 70, 4)
@@ -151,7 +151,8 @@ def test_the_kernels_are_named():
 def test_slices_are_told_where_they_run(monkeypatch):
     import torch
 
-    from subquad.kernels import layout, matrix, passes
+    from subquad.engines.matrix.gpu import layout, passes
+    from subquad.engines.matrix.gpu import scan as matrix
 
     monkeypatch.setattr(layout, "processors", lambda device: 132)
     k, v = torch.zeros(1, 320, 1, 256), torch.zeros(1, 320, 1, 64)
@@ -166,7 +167,7 @@ def main() -> None:
     import triton_interpreter  # noqa: F401, I001 - before anything that imports Triton
     import torch
     from kernel_cases import Case, errors, kernels, oracle, results, shows_nan
-    from subquad.kernels import layout, matrix, passes
+    from subquad.engines.matrix.gpu import layout, scan as matrix, passes
 
     whole = layout.SHORTEST_SEGMENT, layout.WARPS_PER_PROCESSOR
     share_out = passes.share_out
@@ -209,7 +210,7 @@ def does_not_divide_by_scale(scale: float) -> bool:
     import torch
 
     from kernel_cases import Case
-    from subquad.kernels import matrix
+    from subquad.engines.matrix.gpu import scan as matrix
 
     def gradients(scale):
         inputs = Case("[B,T,H]", T=33).inputs("cpu")
@@ -227,7 +228,8 @@ def shows_no_old_memory() -> bool:
     import torch
 
     from kernel_cases import Case
-    from subquad.kernels import layout, matrix
+    from subquad.engines.matrix.gpu import layout
+    from subquad.engines.matrix.gpu import scan as matrix
 
     case = Case("[B,T,H]", T=300, H=1, cu_seqlens=(0, 100, 300))
     layout.SHORTEST_SEGMENT, layout.WARPS_PER_PROCESSOR = 256, 256
@@ -274,7 +276,7 @@ def numbers_of_no_state(dtype: str) -> int:
     import torch
 
     from kernel_cases import Case
-    from subquad.kernels import matrix
+    from subquad.engines.matrix.gpu import scan as matrix
 
     case = Case("[B,T,H]", T=33, state=False, dtype=getattr(torch, dtype))
     q, k, v, gate, *_ = case.inputs("cpu").values()
@@ -304,8 +306,8 @@ def stay_inside(ends: list[int], length: int) -> bool:
     """Whether wrong boundaries cut each token once, and nothing beyond the tokens and chunks."""
     import torch
 
-    from subquad.kernels import layout
-    from subquad.kernels.launch import launch
+    from subquad.backend.gpu.launch import launch
+    from subquad.engines.matrix.gpu import layout
 
     chunk, tokens, queue = 32, 700, []
     found = layout.lay_out(1, tokens, length, torch.tensor(ends), chunk, queue)
@@ -321,8 +323,8 @@ def are_cut_well(ends: list[int], length: int) -> bool:
     """Whether the kernels' table of segments is the one that a loop finds."""
     import torch
 
-    from subquad.kernels import layout
-    from subquad.kernels.launch import launch
+    from subquad.backend.gpu.launch import launch
+    from subquad.engines.matrix.gpu import layout
 
     chunk, queue = 32, []
     spread = torch.tensor(ends, dtype=torch.int32).repeat_interleave(2)[::2]

@@ -24,11 +24,16 @@ from layer_cases import (
     steps,
     token,
 )
-from subquad.kernels import activation, loss, matrix_step, norm, short_convolution, timestep
+from subquad.engines.convolution import gpu as short_convolution
+from subquad.engines.cross_entropy import gpu as loss
+from subquad.engines.gates import gpu as activation
+from subquad.engines.gates.api import log_sigmoid, silu_product
+from subquad.engines.matrix.gpu import step as matrix_step
+from subquad.engines.norm import gpu as norm
+from subquad.engines.norm.api import gated_rms_norm, l2_norm
+from subquad.engines.runtime.overwrite import overwriting_states
+from subquad.engines.step_size import gpu as timestep
 from subquad.models.loss import next_token_loss
-from subquad.recurrence.activation import log_sigmoid, silu_product
-from subquad.recurrence.gpu import overwriting_states
-from subquad.recurrence.norm import gated_rms_norm, l2_norm
 
 pytestmark = [
     pytest.mark.gpu,

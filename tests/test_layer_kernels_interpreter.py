@@ -103,7 +103,9 @@ def test_equal_to_pytorch(interpreted, name):
 def test_reasons_to_decline():
     import torch
 
-    from subquad.kernels import matrix_step, norm, short_convolution
+    from subquad.engines.convolution import gpu as short_convolution
+    from subquad.engines.matrix.gpu import step as matrix_step
+    from subquad.engines.norm import gpu as norm
 
     q, x = torch.zeros(1, 1, 1, 16), torch.zeros(1, 4, 16)
     assert "CUDA" in matrix_step.supported(q, q, q)
@@ -116,7 +118,7 @@ def test_reasons_to_decline():
 def test_step_sizes_that_pytorch_would_broadcast_or_refuse_are_left_to_it(monkeypatch):
     import torch
 
-    from subquad.recurrence.timestep import _has_kernel
+    from subquad.engines.step_size.api import _has_kernel
 
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
@@ -131,7 +133,8 @@ def test_step_sizes_that_pytorch_would_broadcast_or_refuse_are_left_to_it(monkey
 def test_gates_and_losses_that_no_kernel_takes_are_left_to_pytorch(monkeypatch):
     import torch
 
-    from subquad.recurrence import activation, cross_entropy
+    from subquad.engines.cross_entropy import api as cross_entropy
+    from subquad.engines.gates import api as activation
 
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
@@ -172,7 +175,12 @@ def check() -> None:
     import torch
 
     import layer_cases
-    from subquad.kernels import activation, loss, matrix_step, norm, short_convolution, timestep
+    from subquad.engines.convolution import gpu as short_convolution
+    from subquad.engines.cross_entropy import gpu as loss
+    from subquad.engines.gates import gpu as activation
+    from subquad.engines.matrix.gpu import step as matrix_step
+    from subquad.engines.norm import gpu as norm
+    from subquad.engines.step_size import gpu as timestep
 
     q, k, v, g, beta, a, b, bonus, state = layer_cases.token("[B,T,H]", "delta").inputs.values()
     given = (q, k, v, g, beta, a, b, bonus, 0.3, state)
@@ -204,7 +212,10 @@ def check_models() -> None:
     import torch
 
     from subquad import SubquadConfig, SubquadForCausalLM
-    from subquad.kernels import activation, layout, loss, shared
+    from subquad.engines.cross_entropy import gpu as loss
+    from subquad.engines.gates import gpu as activation
+    from subquad.engines.matrix.gpu import layout
+    from subquad.engines.matrix.gpu import shared_keys as shared
 
     layout.processors = shared.processors = lambda device: 132
     ids = torch.randint(50, (2, 9))
@@ -234,7 +245,7 @@ def check_wrong_boundaries() -> None:
     """Raise where wrong boundaries, which no one looked at, lead the convolution astray."""
     import torch
 
-    from subquad.kernels import short_convolution
+    from subquad.engines.convolution import gpu as short_convolution
 
     def fenced(*shape: int) -> torch.Tensor:
         """Zeros between numbers that are none."""
@@ -262,7 +273,11 @@ def check_far_rows() -> None:
 
     import torch
 
-    from subquad.kernels import activation, loss, matrix_step, norm, short_convolution
+    from subquad.engines.convolution import gpu as short_convolution
+    from subquad.engines.cross_entropy import gpu as loss
+    from subquad.engines.gates import gpu as activation
+    from subquad.engines.matrix.gpu import step as matrix_step
+    from subquad.engines.norm import gpu as norm
 
     tokens, channels, apart = 20, 8, 2**27 + 2**25
     near, dy = torch.randn(2, 1, tokens, channels, dtype=torch.bfloat16).unbind(0)

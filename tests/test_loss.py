@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from subquad import SubquadConfig, SubquadForCausalLM
+from subquad.engines.cross_entropy.api import cross_entropy
 from subquad.models import loss
-from subquad.recurrence.cross_entropy import cross_entropy
 
 V = 50
 

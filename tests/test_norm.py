@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from subquad.recurrence.eager import can_call_compiled_code
-from subquad.recurrence.norm import gated_rms_norm, l2_norm, rms_norm, skipped_gated_rms_norm
+from subquad.engines.norm.api import gated_rms_norm, l2_norm, rms_norm, skipped_gated_rms_norm
+from subquad.engines.runtime.eager import can_call_compiled_code
 
 EPS = 1e-5
 # (leading axes, D, size of a group): one token, several, odd sizes, and enough for the threads.

@@ -8,7 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from subquad.kernels.operator import operator
+from subquad.engines.runtime.operator import operator
 
 called = []
 

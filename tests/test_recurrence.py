@@ -12,15 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from subquad.recurrence import (
-    Delta,
-    LowRank,
-    Recurrence,
-    explain,
-    linear_recurrence,
-    reference,
-    watch,
-)
+from subquad.engines import Delta, LowRank, explain, linear_recurrence, watch
+from subquad.engines.matrix import reference
+from subquad.table import Recurrence
 
 DECAYS = ("none", "H", "HK", "BTH", "BTHK")
 ERASES = (None, "delta", "low_rank")
@@ -333,7 +327,7 @@ def test_compiled_decoding(decay, erase, bonus, hard):
 
 @pytest.mark.parametrize("chunk", [1, 2, 16, 32, 128, 256])
 def test_any_chunk_size(chunk, monkeypatch):
-    from subquad.recurrence import plan
+    from subquad.engines.matrix import plan
 
     for erase, decay in itertools.product(ERASES, ("none", "BTH", "BTHK")):
         arguments = make(decay, erase, T=100)
@@ -345,7 +339,7 @@ def test_any_chunk_size(chunk, monkeypatch):
 
 def test_long_sequences_go_in_pieces(monkeypatch):
     """More chunks than are worked on at once: the same numbers."""
-    from subquad.recurrence import forms
+    from subquad.engines.matrix import forms
 
     for erase, packed in itertools.product(ERASES, (None, [0, 10, 300, 301, 1000])):
         arguments = make("BTHK", erase, B=1, T=1000, packed=packed)

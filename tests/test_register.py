@@ -7,9 +7,9 @@ import torch
 
 from subquad.mixers import GLA, MIXERS, Mixer, register
 from subquad.models import SubquadConfig, SubquadForCausalLM
-from subquad.recurrence import ROWS, Recurrence, Row
+from subquad.table import ROWS, Recurrence, Row
 
-ROW = Row("mean_so_far", Recurrence("diagonal", "none", read_out="own"), "this test")
+ROW = Row("mean_so_far", Recurrence("average", "none", read_out="own"), "this test")
 
 
 @pytest.fixture(autouse=True)

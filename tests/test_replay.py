@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from subquad.kernels import replay
-from subquad.kernels.launch import launch_one, witness
-from subquad.kernels.operator import operator
-from subquad.kernels.replay import replayed
+from subquad.backend.gpu import launch_cache as replay
+from subquad.backend.gpu.launch import launch_one, witness
+from subquad.backend.gpu.launch_cache import replayed
+from subquad.engines.runtime.operator import operator
 
 
 class Kernel:
@@ -415,7 +415,7 @@ def test_nothing_is_kept_of_a_call(work):
 def test_recording_does_not_import_the_compiler():
     program = """
 import sys, torch
-from subquad.kernels.replay import replayed
+from subquad.backend.gpu.launch_cache import replayed
 double = replayed(lambda x: x * 2)
 for n in range(4):
     assert double(torch.full((2,), n)).tolist() == [2 * n, 2 * n]
@@ -443,7 +443,7 @@ def test_autocast_is_a_kind_of_its_own(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_calls_on_a_device_are_replayed(monkeypatch):
-    from subquad.kernels import matrix
+    from subquad.engines.matrix.gpu import scan as matrix
 
     played, play = [], replay.Script.play
     monkeypatch.setattr(

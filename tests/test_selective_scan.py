@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from subquad.recurrence import watch
-from subquad.recurrence.diagonal import selective_scan
-from subquad.recurrence.scan_operator import _scan, _scan_backward
+from subquad.engines import watch
+from subquad.engines.selective.api import selective_scan
+from subquad.engines.selective.operator import _scan, _scan_backward
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "state")
 BOUNDS = [0, 1, 3, 35, 67, 131]

@@ -54,8 +54,8 @@ def results(module, tensors, cu_seqlens):
 
 def errors(case, device="cpu"):
     """The largest error of each result over its largest number."""
-    from subquad.kernels import selective_scan_gpu
-    from subquad.recurrence import scan
+    from subquad.engines.selective import gpu as selective_scan_gpu
+    from subquad.engines.selective import pytorch as scan
 
     tensors, cu_seqlens = inputs(*case, device=device)
     want = results(scan, [t.double() for t in tensors], cu_seqlens)
@@ -88,7 +88,7 @@ def test_wrong_boundaries_reach_nothing_outside_and_leave_no_token_out(interpret
 
 def shows_no_old_memory(ends: list[int], tokens: int) -> bool:
     """Whether all results are written."""
-    from subquad.kernels import selective_scan_gpu
+    from subquad.engines.selective import gpu as selective_scan_gpu
 
     tensors, cu_seqlens = inputs(1, tokens, 5, 4, ends)
     torch.use_deterministic_algorithms(True)  # fills new memory with NaN
@@ -103,7 +103,7 @@ def are_held_inside(ends: list[int], tokens: int) -> bool:
     """Whether a kernel finds every sequence inside the tokens that there are."""
     import triton
 
-    from subquad.kernels.diagonal_scan import locate
+    from subquad.engines.selective.kernels import locate
 
     bounds = torch.tensor(ends)
     found = torch.empty(len(ends) - 1, 2, dtype=torch.int64)
@@ -130,7 +130,7 @@ def test_equal_to_the_scan_on_a_gpu(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_engine_takes_the_kernels_on_a_gpu(dtype):
     import subquad
-    from subquad.recurrence import selective_scan
+    from subquad.engines import selective_scan
 
     (x, dt, A, B, C, D, _), _ = inputs(2, 50, 32, 16, None, "cuda")
     x, B, C = (t.to(dtype) for t in (x, B, C))
@@ -146,7 +146,7 @@ def test_the_engine_takes_the_kernels_on_a_gpu(dtype):
 
 def main() -> None:
     import triton_interpreter  # noqa: F401  (before Triton)
-    from subquad.kernels import selective_scan_gpu
+    from subquad.engines.selective import gpu as selective_scan_gpu
 
     # One program for all channels of a sequence, which adds to its share block by block.
     selective_scan_gpu._FEWEST_SHARES = selective_scan_gpu._PROGRAMS = 1

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from subquad.recurrence.convolution import _convolve_cpu, _next_state, short_convolution
+from subquad.engines.convolution.api import _convolve_cpu, _next_state, short_convolution
 
 SHAPES = [
     (1, 1, 5, 4),

@@ -13,7 +13,7 @@ import scipy.signal
 import torch
 from torch.testing import assert_close
 
-from subquad.recurrence import diagonal_ssm
+from subquad.engines import diagonal_ssm
 from subquad.ssm.continuous import StateSpace
 from subquad.ssm.discrete import DiscreteStateSpace
 from subquad.ssm.discretize import METHODS, exponential, phi1, zero_order_hold

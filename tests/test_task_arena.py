@@ -16,28 +16,22 @@ from typer.testing import CliRunner
 
 from subquad import tasks
 from subquad.arena import ArenaConfig
-from subquad.arena.command import task_config
 from subquad.arena.entrants import Entrant, split_rows
-from subquad.arena.scaling import (
-    QUANTITIES,
-    ScalingConfig,
-    fit_exponent,
-    kept_for_backward,
-    run_scaling,
-    write_scaling,
-)
-from subquad.arena.scaling_report import scaling_table
-from subquad.arena.task_plots import short
-from subquad.arena.task_report import (
+from subquad.arena.scaling.report import scaling_table, write_scaling
+from subquad.arena.scaling.results import QUANTITIES, ScalingConfig, fit_exponent
+from subquad.arena.scaling.run import kept_for_backward, run_scaling
+from subquad.arena.task.plots import short
+from subquad.arena.task.report import (
     findings,
     render_task_html,
     task_command_line,
     task_table,
     write_task_report,
 )
-from subquad.arena.task_results import TaskArenaConfig, TaskArenaResults
-from subquad.arena.task_run import make_plan, run_task_arena
+from subquad.arena.task.results import TaskArenaConfig, TaskArenaResults
+from subquad.arena.task.run import make_plan, run_task_arena
 from subquad.cli import app
+from subquad.cli.arena_body import task_config
 from subquad.mixers import MIXERS
 from subquad.tasks import Batch, TaskModel
 from subquad.tasks.scoring import score
@@ -430,7 +424,7 @@ def test_results_hold_curves_tests_and_what_was_left_out(finished):
 
 def test_a_finished_arena_is_read_back_and_another_question_refused(finished, monkeypatch):
     results, out = finished
-    monkeypatch.setattr("subquad.arena.task_run.train_task", None)  # nothing is trained again
+    monkeypatch.setattr("subquad.arena.task.run.train_task", None)  # nothing is trained again
     assert run_task_arena(TaskArenaConfig(**SMALL), out).rows == results.rows
     named = TaskArenaConfig(**SMALL | {"device": "auto"})  # the device that it was, by another name
     assert run_task_arena(named, out).rows == results.rows
@@ -443,7 +437,7 @@ def test_a_finished_arena_is_read_back_and_another_question_refused(finished, mo
 
 
 def test_a_stopped_arena_goes_on_with_the_row_it_was_at(tmp_path, monkeypatch):
-    import subquad.arena.task_run as run
+    import subquad.arena.task.run as run
 
     real = run.train_task
 
@@ -461,7 +455,7 @@ def test_a_stopped_arena_goes_on_with_the_row_it_was_at(tmp_path, monkeypatch):
 
 
 def test_an_arena_stopped_while_testing_keeps_what_was_finished(tmp_path, monkeypatch):
-    import subquad.arena.task_run as run
+    import subquad.arena.task.run as run
 
     real = run.score
 
@@ -621,7 +615,7 @@ def test_scaling_finds_what_is_exact_and_reports_it(tmp_path):
 
 
 def test_a_series_ends_where_memory_does_and_rows_are_kept_one_by_one(monkeypatch):
-    from subquad.arena import scaling
+    from subquad.arena.scaling import run as scaling
 
     def measure(row, tokens, width, config):
         if (row, tokens) == ("gla", 64):

@@ -11,15 +11,15 @@ from torch.overrides import TorchFunctionMode
 
 import subquad
 from subquad import SubquadConfig, SubquadForCausalLM
+from subquad.decode.cpu.operations import Untraceable
+from subquad.decode.cpu.recording import Recording
+from subquad.decode.cpu.trace import Trace
+from subquad.engines import selective_scan, short_convolution
+from subquad.engines.norm.api import gated_rms_norm, l2_norm, rms_norm
+from subquad.engines.projection.api import linear
+from subquad.engines.runtime.eager import can_call_compiled_code
 from subquad.mixers import MIXERS
 from subquad.mixers.base import Mixer
-from subquad.recurrence import selective_scan, short_convolution
-from subquad.recurrence.eager import can_call_compiled_code
-from subquad.recurrence.linear import linear
-from subquad.recurrence.norm import gated_rms_norm, l2_norm, rms_norm
-from subquad.recurrence.operations import Untraceable
-from subquad.recurrence.recording import Recording
-from subquad.recurrence.trace import Trace
 
 X = torch.cat([torch.randn(1, 2, 34), 30 * torch.randn(1, 2, 6)], -1)  # large ones among them
 Z = torch.randn(1, 2, 40)

@@ -16,22 +16,23 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it. A submodule stands for itself.
 _EXPORTS = {
-    "linear_recurrence": "subquad.recurrence",
-    "Delta": "subquad.recurrence",
-    "LowRank": "subquad.recurrence",
-    "Recurrence": "subquad.recurrence",
-    "explain": "subquad.recurrence",
-    "watch": "subquad.recurrence",
-    "selective_scan": "subquad.recurrence",
-    "diagonal_ssm": "subquad.recurrence",
-    "short_convolution": "subquad.recurrence",
-    "ROWS": "subquad.recurrence",
+    "linear_recurrence": "subquad.engines",
+    "Delta": "subquad.engines",
+    "LowRank": "subquad.engines",
+    "Recurrence": "subquad.table",
+    "explain": "subquad.engines",
+    "watch": "subquad.engines",
+    "selective_scan": "subquad.engines",
+    "diagonal_ssm": "subquad.engines",
+    "short_convolution": "subquad.engines",
+    "ROWS": "subquad.table",
+    "Row": "subquad.table",
     "SubquadCache": "subquad.models",
     "SubquadConfig": "subquad.models",
     "SubquadForCausalLM": "subquad.models",
     "SubquadModel": "subquad.models",
 }
-_SUBMODULES = ("recurrence", "ssm", "mixers", "models", "tasks", "train", "generate", "arena")
+_SUBMODULES = ("engines", "ssm", "mixers", "models", "tasks", "train", "generate", "arena")
 
 __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
 

@@ -9,9 +9,9 @@ From Python:
 """
 
 from subquad.arena.equalise import equal_shape
-from subquad.arena.report import render_html, terminal_table, write_report
-from subquad.arena.results import ArenaConfig, ArenaResults, RowResult, Shape
-from subquad.arena.run import run_arena
+from subquad.arena.text.report import render_html, terminal_table, write_report
+from subquad.arena.text.results import ArenaConfig, ArenaResults, RowResult, Shape
+from subquad.arena.text.run import run_arena
 
 __all__ = [
     "ArenaConfig",

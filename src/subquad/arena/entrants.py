@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from subquad.errors import choose, fail
 from subquad.mixers import MIXERS
 from subquad.models.config import check_mixer_option
-from subquad.recurrence.validate import choose, fail
 
 
 @dataclass(frozen=True)

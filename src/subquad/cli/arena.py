@@ -123,7 +123,7 @@ def arena(
     # this small up to a hundred times slower, and a comparison false. Set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-    from subquad.arena.command import (
+    from subquad.cli.arena_body import (
         arena_command,
         list_tasks_command,
         scaling_command,

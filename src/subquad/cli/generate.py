@@ -29,7 +29,7 @@ def generate(
 
     [cyan]subquad generate runs/gla --prompt "class " --temperature 0 --max-new-tokens 1000[/cyan]
     """
-    from subquad.generate.command import generate_command
+    from subquad.cli.generate_body import generate_command
 
     generate_command(
         model,

@@ -13,7 +13,7 @@ def table(
 
     [cyan]subquad table --json[/cyan]
     """
-    from subquad.arena.rows import table_command
+    from subquad.cli.rows_body import table_command
 
     table_command(as_json)
 
@@ -30,7 +30,7 @@ def explain(
 
     [cyan]subquad explain gated_deltanet --tokens 8192[/cyan]
     """
-    from subquad.arena.rows import explain_command
+    from subquad.cli.rows_body import explain_command
 
     explain_command(row, hidden_size, tokens, batch, device, as_json)
 
@@ -69,7 +69,7 @@ def hippo(
 
     [cyan]subquad hippo prices.csv --column close --method bilinear --out prices.png[/cyan]
     """
-    from subquad.ssm.command import hippo_command
+    from subquad.cli.hippo_body import hippo_command
 
     hippo_command(
         signal,

@@ -130,7 +130,7 @@ def train(
 
     [cyan]subquad train runs/gla --resume --steps 2000[/cyan]
     """
-    from subquad.train.command import train_command
+    from subquad.cli.train_body import train_command
 
     given = {
         "data": data,

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from subquad.errors import fail
 from subquad.generate.sample import draw
 from subquad.models import SubquadForCausalLM
-from subquad.recurrence.validate import fail
 
 _PREFILL = 2048  # tokens of the prompt per pass: bounds the memory that a long prompt takes
 _PATIENCE = 8  # tokens to wait for the rest of a character

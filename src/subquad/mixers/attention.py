@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from subquad.engines.runtime.eager import is_plain
+from subquad.engines.runtime.validation import check_shape
+from subquad.errors import fail
+from subquad.layers.growing import append
+from subquad.layers.projection import project
+from subquad.layers.rotary import angles, positions, rotate_halves
 from subquad.mixers.base import Mixer, State, check_positive_integers, divide
-from subquad.mixers.growing import append
-from subquad.mixers.projection import project
-from subquad.mixers.rotary import angles, positions, rotate_halves
-from subquad.recurrence.eager import is_plain
-from subquad.recurrence.validate import check_shape, fail
 
 _QUERY_BLOCK = 512  # queries that share a mask: bounds its memory to 512 x S for any T
 

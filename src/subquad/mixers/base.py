@@ -5,7 +5,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from subquad.recurrence.validate import check_cu_seqlens, check_tensor, fail
+from subquad.engines.runtime.validation import check_cu_seqlens, check_tensor
+from subquad.errors import fail
 
 State = dict[str, Tensor]
 """What a mixer remembers of a sequence: tensors by name, each with the batch's rows (or, when

@@ -5,12 +5,12 @@ B batch   T time   H heads   K = V head size
 
 from torch import Tensor, nn
 
+from subquad.engines import Delta, linear_recurrence
+from subquad.engines.norm.api import l2_norm
+from subquad.layers.norms import RMSNorm, at_least_float32
+from subquad.layers.projection import project
+from subquad.layers.short_convolution import ShortConvolution
 from subquad.mixers.base import Mixer, State, divide
-from subquad.mixers.convolution import ShortConvolution
-from subquad.mixers.norms import RMSNorm, at_least_float32
-from subquad.mixers.projection import project
-from subquad.recurrence import Delta, linear_recurrence
-from subquad.recurrence.norm import l2_norm
 
 
 class DeltaNet(Mixer):

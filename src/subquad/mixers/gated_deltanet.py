@@ -6,15 +6,15 @@ B batch   T time   Hk key heads   H value heads   K key size   V value size
 import torch
 from torch import Tensor, nn
 
+from subquad.engines import Delta, linear_recurrence
+from subquad.engines.norm.api import l2_norm
+from subquad.engines.step_size.api import step_decay
+from subquad.errors import fail
+from subquad.layers.initialization import no_weight_decay, set_log_uniform_, set_step_size_
+from subquad.layers.norms import NormThenGate, at_least_float32
+from subquad.layers.projection import project
+from subquad.layers.short_convolution import ShortConvolution
 from subquad.mixers.base import Mixer, State, divide
-from subquad.mixers.convolution import ShortConvolution
-from subquad.mixers.init import no_weight_decay, set_log_uniform_, set_step_size_
-from subquad.mixers.norms import NormThenGate, at_least_float32
-from subquad.mixers.projection import project
-from subquad.recurrence import Delta, linear_recurrence
-from subquad.recurrence.norm import l2_norm
-from subquad.recurrence.timestep import step_decay
-from subquad.recurrence.validate import fail
 
 
 class GatedDeltaNet(Mixer):

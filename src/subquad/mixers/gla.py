@@ -5,13 +5,13 @@ B batch   T time   H heads   K key size   V value size
 
 from torch import Tensor, nn
 
+from subquad.engines import linear_recurrence
+from subquad.engines.gates.api import log_sigmoid
+from subquad.errors import fail
+from subquad.layers.initialization import no_weight_decay
+from subquad.layers.norms import NormThenGate
+from subquad.layers.projection import project
 from subquad.mixers.base import Mixer, State, divide
-from subquad.mixers.init import no_weight_decay
-from subquad.mixers.norms import NormThenGate
-from subquad.mixers.projection import project
-from subquad.recurrence import linear_recurrence
-from subquad.recurrence.activation import log_sigmoid
-from subquad.recurrence.validate import fail
 
 
 class GLA(Mixer):

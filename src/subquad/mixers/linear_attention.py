@@ -6,11 +6,11 @@ B batch   T time   H heads   K = V head size
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from subquad.engines import linear_recurrence
+from subquad.errors import choose, fail
+from subquad.layers.norms import RMSNorm
+from subquad.layers.projection import project
 from subquad.mixers.base import Mixer, State, divide
-from subquad.mixers.norms import RMSNorm
-from subquad.mixers.projection import project
-from subquad.recurrence import linear_recurrence
-from subquad.recurrence.validate import choose, fail
 
 _FEATURE_MAPS = {
     "elu1": lambda x: F.elu(x) + 1,

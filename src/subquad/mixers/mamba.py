@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from subquad.engines.gates.api import silu_product
+from subquad.engines.selective.api import selective_scan
+from subquad.errors import fail
+from subquad.layers.initialization import no_weight_decay, set_, set_step_size_
+from subquad.layers.projection import project
+from subquad.layers.short_convolution import ShortConvolution
 from subquad.mixers.base import Mixer, State
-from subquad.mixers.convolution import ShortConvolution
-from subquad.mixers.init import no_weight_decay, set_, set_step_size_
-from subquad.mixers.projection import project
-from subquad.recurrence.activation import silu_product
-from subquad.recurrence.diagonal import selective_scan
-from subquad.recurrence.validate import fail
 
 
 class Mamba(Mixer):

@@ -6,13 +6,13 @@ B batch   T time   H heads   G groups   P head size   N state size (the key size
 import torch
 from torch import Tensor, nn
 
+from subquad.engines import linear_recurrence
+from subquad.engines.step_size.api import discretize
+from subquad.layers.initialization import no_weight_decay, set_log_uniform_, set_step_size_
+from subquad.layers.norms import GateThenNorm
+from subquad.layers.projection import project
+from subquad.layers.short_convolution import ShortConvolution
 from subquad.mixers.base import Mixer, State, divide
-from subquad.mixers.convolution import ShortConvolution
-from subquad.mixers.init import no_weight_decay, set_log_uniform_, set_step_size_
-from subquad.mixers.norms import GateThenNorm
-from subquad.mixers.projection import project
-from subquad.recurrence import linear_recurrence
-from subquad.recurrence.timestep import discretize
 
 
 class Mamba2(Mixer):

@@ -6,9 +6,9 @@ import inspect
 from collections.abc import Callable
 from typing import TypeVar
 
+from subquad.errors import fail
 from subquad.mixers.base import Mixer
-from subquad.recurrence import ROWS, Row
-from subquad.recurrence.validate import fail
+from subquad.table import ROWS, Row
 
 MIXERS: dict[str, type[Mixer]] = {}
 """The mixers by the name of their row in the table."""

@@ -6,12 +6,12 @@ B batch   T time   H heads   K key size   V = value_expand * K value size
 import torch
 from torch import Tensor, nn
 
+from subquad.engines import linear_recurrence
+from subquad.errors import fail
+from subquad.layers.norms import NormThenGate
+from subquad.layers.projection import project
+from subquad.layers.rotary import angles, positions, rotate_pairs
 from subquad.mixers.base import Mixer, State, divide
-from subquad.mixers.norms import NormThenGate
-from subquad.mixers.projection import project
-from subquad.mixers.rotary import angles, positions, rotate_pairs
-from subquad.recurrence import linear_recurrence
-from subquad.recurrence.validate import fail
 
 
 class RetNet(Mixer):

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from subquad.engines.invariant.api import diagonal_ssm
+from subquad.engines.runtime.validation import check_shape
+from subquad.errors import fail
+from subquad.layers.initialization import no_weight_decay, set_
+from subquad.layers.projection import project
 from subquad.mixers.base import Mixer, State
-from subquad.mixers.init import no_weight_decay, set_
-from subquad.mixers.projection import project
-from subquad.recurrence.lti import diagonal_ssm
-from subquad.recurrence.validate import check_shape, fail
 from subquad.ssm.discretize import zero_order_hold
 from subquad.ssm.initial import poles
 

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from subquad.layers.initialization import no_weight_decay
+from subquad.layers.mlp import SwiGLU
+from subquad.layers.norms import RMSNorm, normed
+from subquad.layers.traceable import traceable
 from subquad.mixers import MIXERS
 from subquad.mixers.base import State
-from subquad.mixers.init import no_weight_decay
-from subquad.mixers.norms import RMSNorm
-from subquad.mixers.projection import project
 from subquad.models.config import SubquadConfig
-from subquad.recurrence.activation import silu_product
 
 
-class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)): Shazeer 2020, "GLU Variants Improve Transformer", eq. 6."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
-        super().__init__()
-        self.gate = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return project(self.down, silu_product(project(self.gate, x), project(self.up, x)))
-
-
+@traceable
 class Block(GradientCheckpointingLayer):
     """x + mixer(norm(x)), then x + mlp(norm(x)); the sum keeps the dtype that `x` came in."""
 
@@ -56,11 +44,3 @@ class Block(GradientCheckpointingLayer):
         if self.mlp is not None and self.mlp_norm is not None:
             x = x + self.mlp(normed(self.mlp_norm, x))
         return x, state
-
-
-def normed(norm: RMSNorm, x: Tensor) -> Tensor:
-    """The norm of a residual that may be wider (float32) than the weights (bfloat16), in theirs."""
-    dtype = norm.weight.dtype
-    if x.dtype != dtype and type(norm) is RMSNorm:
-        return norm(x, dtype)  # rounds what it returns, not what it reads, where it can
-    return norm(x.to(dtype))

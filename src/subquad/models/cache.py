@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Cache
 
+from subquad.decode.gpu.graph import Lease
+from subquad.errors import fail
 from subquad.mixers.base import State
-from subquad.models.graph import Lease
 from subquad.models.packing import Packing
-from subquad.recurrence.validate import fail
 
 _FORMAT = "subquad-cache-1"
 

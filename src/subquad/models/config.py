@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from subquad.errors import fail
 from subquad.mixers import MIXERS
 from subquad.models.tokenizer import BOS, EOS, PAD, VOCAB_SIZE
-from subquad.recurrence.validate import fail
 
 
 class SubquadConfig(PreTrainedConfig):

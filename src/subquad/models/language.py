@@ -9,15 +9,15 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from subquad.decode.gpu.graph import replay as replay_step
+from subquad.errors import fail
+from subquad.layers.projection import is_watched, project
 from subquad.mixers.base import State
-from subquad.mixers.projection import is_watched, project
 from subquad.models.cache import SubquadCache
 from subquad.models.config import SubquadConfig
-from subquad.models.graph import replay as replay_step
 from subquad.models.loss import loss_of
 from subquad.models.stack import SubquadModel, SubquadPreTrainedModel
 from subquad.models.tokens import check_labels
-from subquad.recurrence.validate import fail
 
 _FORWARD = SubquadModel.forward
 

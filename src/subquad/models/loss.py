@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from subquad.engines.cross_entropy.api import cross_entropy
 from subquad.labels import IGNORE
-from subquad.recurrence.cross_entropy import cross_entropy
 
 # What may come beside logits and labels: for the loss, and of the stack's packing, for others.
 _KNOWN = {

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.engines.runtime.validation import check_cu_seqlens
+from subquad.errors import fail
 from subquad.mixers.base import State
-from subquad.recurrence.validate import check_cu_seqlens, fail
 
 
 @dataclass(frozen=True)

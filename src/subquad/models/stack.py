@@ -10,16 +10,17 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
+from subquad.decode.cpu.decoder import Decoder
+from subquad.engines.runtime.validation import check_tensor
+from subquad.errors import fail
+from subquad.layers.norms import RMSNorm
 from subquad.mixers.base import Mixer, State
-from subquad.mixers.norms import RMSNorm
 from subquad.models.block import Block, normed
 from subquad.models.cache import SubquadCache
 from subquad.models.config import SubquadConfig
-from subquad.models.decoder import Decoder
 from subquad.models.packing import Packing, pack, pack_given
 from subquad.models.start import draw_missing, float32_names
 from subquad.models.tokens import embed
-from subquad.recurrence.validate import check_tensor, fail
 
 
 class SubquadPreTrainedModel(PreTrainedModel):

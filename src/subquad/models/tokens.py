@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from subquad.errors import fail
 from subquad.labels import IGNORE
-from subquad.recurrence.validate import fail
 
 
 def embed(embedding: nn.Module, input_ids: object, vocab_size: int) -> Tensor:

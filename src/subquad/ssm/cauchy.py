@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-from subquad.recurrence.validate import fail, is_whole
+from subquad.errors import fail, is_whole
 from subquad.ssm.continuous import StateSpace
 from subquad.ssm.matrix import DPLR
 

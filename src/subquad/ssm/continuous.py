@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subquad.recurrence.validate import choose, fail
+from subquad.errors import choose, fail
 from subquad.ssm.discrete import DiscreteStateSpace, check_frequencies, finite_response
 from subquad.ssm.discretize import ALPHAS, discretize, exponential
 from subquad.ssm.matrix import Dense, Diagonal, unsqueeze

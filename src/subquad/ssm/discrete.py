@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subquad.recurrence.validate import fail, is_whole
+from subquad.errors import fail, is_whole
 from subquad.ssm.response import response
 from subquad.ssm.system import LinearSystem, check_batch, check_signal
 

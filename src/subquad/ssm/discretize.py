@@ -11,7 +11,7 @@ hold is exact for an input that is constant during each step: A_bar = e^(dt A), 
 import torch
 from torch import Tensor
 
-from subquad.recurrence.validate import choose, fail
+from subquad.errors import choose, fail
 from subquad.ssm.matrix import DPLR, Dense, Diagonal, Singular, StateMatrix
 
 ALPHAS = {"euler": 0.0, "bilinear": 0.5, "backward_euler": 1.0}

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subquad.recurrence.validate import choose, fail, is_whole
+from subquad.errors import choose, fail, is_whole
 from subquad.ssm import kalman, kalman_scan
 from subquad.ssm.continuous import StateSpace
 from subquad.ssm.discrete import DiscreteStateSpace

@@ -26,7 +26,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from subquad.recurrence.validate import choose, fail, is_whole
+from subquad.errors import choose, fail, is_whole
 from subquad.ssm.discretize import METHODS, discretize
 from subquad.ssm.legendre import check_size, legendre, legs, legt, lmu, lmu_scale, stretch
 from subquad.ssm.matrix import Dense

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from subquad.recurrence.validate import choose, fail, is_whole
+from subquad.errors import choose, fail, is_whole
 from subquad.ssm.nplr import nplr
 
 

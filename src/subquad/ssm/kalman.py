@@ -11,15 +11,32 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from subquad.recurrence.validate import fail
+from subquad.errors import fail
+from subquad.ssm.discrete import DiscreteStateSpace
 
-if TYPE_CHECKING:
-    from subquad.ssm.gaussian import GaussianStateSpace
+
+class Model(Protocol):
+    """What of a `GaussianStateSpace` the filters read."""
+
+    @property
+    def system(self) -> DiscreteStateSpace: ...
+
+    @property
+    def Q(self) -> Tensor: ...
+
+    @property
+    def R(self) -> Tensor: ...
+
+    @property
+    def mean(self) -> Tensor | None: ...
+
+    @property
+    def cov(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +95,7 @@ class Terms:
     cov: Tensor  # [...,N,N]
 
     @staticmethod
-    def of(model: GaussianStateSpace, y: Tensor, seen: Tensor, u: Tensor) -> Terms:
+    def of(model: Model, y: Tensor, seen: Tensor, u: Tensor) -> Terms:
         system, dtype = model.system, y.dtype
         A, B, C, D = (
             x.to(dtype) for x in (system.matrix.dense(), system.B, system.C, system.through)
@@ -106,7 +123,7 @@ class Terms:
         )
 
 
-def filter(model: GaussianStateSpace, y: Tensor, seen: Tensor, u: Tensor) -> Filtered:
+def filter(model: Model, y: Tensor, seen: Tensor, u: Tensor) -> Filtered:
     """Predict, update, predict, ... The arguments are those of `GaussianStateSpace._check_run`."""
     terms = Terms.of(model, y, seen, u)
     predicted_means, predicted_covs, means, covs = [], [], [], []
@@ -168,7 +185,7 @@ def finish(
     return Filtered(m, P, pm, PP, likelihoods.expand(batch))
 
 
-def smooth(model: GaussianStateSpace, filtered: Filtered) -> Smoothed:
+def smooth(model: Model, filtered: Filtered) -> Smoothed:
     """Backwards from the last state: what the future tells of each."""
     E, base, rest = backward_terms(model, filtered)
     m, P = filtered.mean[..., -1, :], filtered.cov[..., -1, :, :]
@@ -181,7 +198,7 @@ def smooth(model: GaussianStateSpace, filtered: Filtered) -> Smoothed:
     return Smoothed(torch.stack(means[::-1], -2), torch.stack(covs[::-1], -3), filtered)
 
 
-def backward_terms(model: GaussianStateSpace, filtered: Filtered) -> tuple[Tensor, Tensor, Tensor]:
+def backward_terms(model: Model, filtered: Filtered) -> tuple[Tensor, Tensor, Tensor]:
     """x_k given x_{k+1} and the past is N(E x_{k+1} + base, rest), for k < T - 1.
 
     E = P_k A^T (A P_k A^T + Q)^-1: [...,T-1,N,N]; base [...,T-1,N]; rest [...,T-1,N,N], in Joseph's

@@ -10,13 +10,12 @@ Time is the first dimension here.   T time   ... any batch   N state size   O ou
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from subquad.ssm.kalman import (
     Filtered,
+    Model,
     Smoothed,
     Terms,
     backward_terms,
@@ -28,11 +27,8 @@ from subquad.ssm.kalman import (
 )
 from subquad.ssm.scan import Elements, associative_scan
 
-if TYPE_CHECKING:
-    from subquad.ssm.gaussian import GaussianStateSpace
 
-
-def filter(model: GaussianStateSpace, y: Tensor, seen: Tensor, u: Tensor) -> Filtered:
+def filter(model: Model, y: Tensor, seen: Tensor, u: Tensor) -> Filtered:
     """Every filtered state, then every prediction and likelihood from these."""
     terms = Terms.of(model, y, seen, u)
     _, mean, cov, _, _ = associative_scan(_after, _steps(terms))
@@ -95,7 +91,7 @@ def _after(early: Elements, late: Elements) -> Elements:
     return A, b, C, eta, J
 
 
-def smooth(model: GaussianStateSpace, filtered: Filtered) -> Smoothed:
+def smooth(model: Model, filtered: Filtered) -> Smoothed:
     """The backward conditionals composed from the end: element (E, g, L) is x_k ~ N(E x + g, L)."""
     E, base, rest = backward_terms(model, filtered)
     last_mean, last_cov = filtered.mean[..., -1:, :], filtered.cov[..., -1:, :, :]

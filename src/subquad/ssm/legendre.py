@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from subquad.recurrence.validate import fail, is_whole
+from subquad.errors import fail, is_whole
 
 
 def legs(N: int) -> tuple[Tensor, Tensor]:

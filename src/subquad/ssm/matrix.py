@@ -19,7 +19,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from subquad.recurrence.validate import fail
+from subquad.errors import fail
 
 
 def adjoint(x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from subquad.recurrence.validate import choose
+from subquad.errors import choose
 from subquad.ssm.continuous import StateSpace
 from subquad.ssm.legendre import legs, legt
 from subquad.ssm.matrix import DPLR, adjoint

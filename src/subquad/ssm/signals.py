@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from subquad.recurrence.validate import fail, is_whole
+from subquad.errors import fail, is_whole
 
 MADE = ("waves", "steps", "noise")
 SUFFIXES = (".csv", ".txt", ".dat", ".npy")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from subquad.recurrence.validate import fail
+from subquad.errors import fail
 from subquad.ssm.matrix import DPLR, Dense, Diagonal, StateMatrix, cast, check_parameter, unsqueeze
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import dataclasses
 import importlib
 from typing import Any
 
+from subquad.errors import choose, fail
 from subquad.labels import IGNORE
-from subquad.recurrence.validate import choose, fail
 from subquad.tasks.base import Batch, Recipe, Task
 from subquad.tasks.copying import Copying, SelectiveCopying
 from subquad.tasks.digits import Digits

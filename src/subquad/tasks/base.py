@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from subquad.errors import choose, fail
 from subquad.labels import IGNORE
-from subquad.recurrence.validate import choose, fail
 
 SPLITS = ("train", "test")
 _PIECE = 2048  # positions of a sequence that are scored at once, about

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from subquad.recurrence.validate import fail
+from subquad.errors import fail
 from subquad.tasks.base import (
     Batch,
     Recipe,

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from subquad.engines.cross_entropy.api import cross_entropy
 from subquad.models import SubquadCache, SubquadConfig, SubquadForCausalLM
-from subquad.recurrence.cross_entropy import cross_entropy
 from subquad.tasks.base import Task
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from subquad.recurrence.validate import fail
+from subquad.errors import fail
 from subquad.tasks.base import (
     Batch,
     Recipe,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from subquad.recurrence.validate import choose, fail
+from subquad.errors import choose, fail
 from subquad.tasks.base import (
     Batch,
     Recipe,

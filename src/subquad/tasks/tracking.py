@@ -8,8 +8,8 @@ from functools import cache
 
 import numpy as np
 
+from subquad.errors import choose, fail
 from subquad.labels import IGNORE
-from subquad.recurrence.validate import choose, fail
 from subquad.tasks.base import (
     Batch,
     Recipe,

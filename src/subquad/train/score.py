@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subquad.recurrence.cross_entropy import cross_entropy
+from subquad.engines.cross_entropy.api import cross_entropy
 from subquad.train.data import Tokens, heldout_starts
 
 

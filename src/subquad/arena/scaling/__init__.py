@@ -1,0 +1,1 @@
+"""Measured exponents: how time and memory of one layer grow."""

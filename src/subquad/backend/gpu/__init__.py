@@ -1,0 +1,1 @@
+"""Triton on a GPU: launches, their cache, captured graphs."""

@@ -1,0 +1,210 @@
+"""Decoding on the CPU: all blocks that can be traced run in one call for each token."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from subquad.decode.cpu.operations import Untraceable
+from subquad.decode.cpu.recording import Recording
+from subquad.decode.cpu.trace import Trace
+from subquad.decode.fingerprint import Look, is_value
+from subquad.engines.runtime.eager import can_call_compiled_code
+from subquad.layers.norms import RMSNorm, normed
+from subquad.layers.projection import is_every_module_watched, is_watched
+from subquad.layers.traceable import is_traceable
+from subquad.mixers.base import Mixer, State
+
+
+class Decoder:
+    """Runs a stack of blocks for one token of one sequence.
+
+    A trace knows the addresses of weights, and modules only as they were. So before each token
+    they are looked over: whoever replaces a projection (PEFT, quantisation), hooks a module, moves
+    or reloads weights or changes a setting gets another trace, or none for that block, which is
+    then called like any module.
+
+    Between tokens, that is. While a token is on its way its weights are read by address: whoever
+    gives a parameter other memory from another thread (`p.data = ...`, `model.to(...)`) waits until
+    it is done, as for any operation of PyTorch; this one is a whole token long. To keep the old
+    memory alive instead would double a model that has moved to a GPU.
+    """
+
+    def __init__(self) -> None:
+        self._look: Look | None = None
+        self._pieces: list[_Piece] = []
+        self._lock = threading.Lock()  # a trace has room for one token
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Decoder, ()  # the weights of a copy lie elsewhere
+
+    def __call__(
+        self, blocks: nn.ModuleList, norm: RMSNorm, x: Tensor, past: Sequence[State | None]
+    ) -> tuple[Tensor, list[State]] | None:
+        """x [1,1,hidden] after all blocks and the norm, and their states; None where it cannot."""
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.shape[:2] != (1, 1):
+            return None
+        if torch.is_autocast_enabled("cpu") or not can_call_compiled_code((x,)):
+            return None
+        known = [state for state in past if state is not None]
+        if len(known) < len(blocks) or is_every_module_watched():
+            return None
+        if not self._lock.acquire(blocking=False):
+            return None
+        try:
+            if self._look is None or self._look.changed(blocks, norm):
+                self._look = None  # should this be interrupted
+                self._pieces = list(_pieces([*blocks], norm, x, known))
+                traced = [m for p in self._pieces if p.trace is not None for m in p.modules]
+                self._look = Look(traced, blocks, norm)
+            states: list[State] = []
+            for piece in self._pieces:
+                x, new = piece.run(x, known[len(states) : len(states) + len(piece.blocks)])
+                states += new
+        finally:
+            self._lock.release()
+        return x, states
+
+
+@dataclass
+class _Piece:
+    """Blocks in a row, perhaps none, the norm if they end the stack, and their trace if there is
+    one."""
+
+    blocks: list[nn.Module]
+    norm: RMSNorm | None = None
+    trace: Trace | None = None
+    names: Sequence[tuple[str, ...]] = ()  # of each block's state, in the trace's order
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [*self.blocks] if self.norm is None else [*self.blocks, self.norm]
+
+    def run(self, x: Tensor, past: list[State]) -> tuple[Tensor, list[State]]:
+        """All in order: x and the states of the blocks."""
+        outputs = None if self.trace is None else self._run_trace(self.trace, x, past)
+        if outputs is not None:
+            tensors = iter(outputs[1:])
+            return outputs[0], [dict(zip(names, tensors)) for names in self.names]
+        states = []
+        for block, state in zip(self.blocks, past):
+            x, state = block(x, state)
+            states.append(state)
+        return x if self.norm is None else normed(self.norm, x), states
+
+    def _run_trace(self, trace: Trace, x: Tensor, past: list[State]) -> list[Tensor] | None:
+        if list(map(len, past)) != list(map(len, self.names)):
+            return None  # they will say what is wrong with their states
+        try:
+            inputs = [state[name] for names, state in zip(self.names, past) for name in names]
+        except KeyError:
+            return None
+        return trace.run([x, *inputs])
+
+
+def _pieces(
+    blocks: list[nn.Module], norm: RMSNorm, x: Tensor, past: list[State]
+) -> Iterator[_Piece]:
+    """Blocks that can be traced and blocks that cannot, in turn, and the norm."""
+    called: list[nn.Module] = []
+    ended = False
+    while blocks:
+        piece = _traced(blocks, norm, x, past)
+        if piece is None:
+            called.append(blocks[0])
+        else:
+            if called:
+                yield _Piece(called)
+            yield piece
+            called, ended = [], piece.norm is not None
+        done = 1 if piece is None else len(piece.blocks)
+        blocks, past = blocks[done:], past[done:]
+    if not ended:
+        yield _Piece(called, norm)
+
+
+def _traced(blocks: list[nn.Module], norm: RMSNorm, x: Tensor, past: list[State]) -> _Piece | None:
+    """As many of the blocks as can be, from the first on, and the norm behind the last of all."""
+    recording, names = Recording(), []
+    x = recording.input(x.shape)
+    inputs, outputs, ending = [x], [], None
+    try:
+        for block, state in zip(blocks, past):
+            own = {name: recording.input(tensor.shape) for name, tensor in state.items()}
+            x, after = _record(recording, block, x, own, state)
+            inputs += own.values()
+            outputs += [after[name] for name in own]
+            names.append(tuple(own))
+        if _can_trace(norm):
+            x = recording.record(normed, norm, x)
+            ending = norm
+    except Untraceable:
+        pass
+    if not names:
+        return None
+    return _Piece(blocks[: len(names)], ending, Trace(recording, inputs, [x, *outputs]), names)
+
+
+def _record(
+    recording: Recording, block: nn.Module, x: Tensor, own: State, state: State
+) -> tuple[Tensor, State]:
+    """x and the state after the block, from a state `own` like `state`; or Untraceable."""
+    if not _can_trace(block) or any(t.dtype != torch.float32 for t in state.values()):
+        raise Untraceable(f"{type(block).__name__} as it is")
+
+    def call() -> tuple[Tensor, State]:
+        with _unchanged(block):
+            y, after = block(x, own)
+        if {name: t.shape for name, t in after.items()} != {n: t.shape for n, t in own.items()}:
+            raise Untraceable("a state that grows")
+        return y, after
+
+    return recording.record(call)
+
+
+def _can_trace(root: nn.Module) -> bool:
+    """Whether all in it is as we made it, or a user's mixer with settings that are plain values."""
+    modules = list(root.modules())
+    return (
+        all(is_traceable(m) or isinstance(m, Mixer) for m in modules)
+        and not any(map(is_watched, modules))
+        and all(type(p) is nn.Parameter and p.is_contiguous() for p in root.parameters())
+        and all(map(_has_plain_settings, modules))
+    )
+
+
+_BARE = vars(nn.Module()).keys()
+
+
+def _has_plain_settings(module: nn.Module) -> bool:
+    """A list that fills as the module is called, for instance, would be the same at each look."""
+    return all(is_value(x) for name, x in vars(module).items() if name not in _BARE)
+
+
+@contextmanager
+def _unchanged(root: nn.Module) -> Iterator[None]:
+    """Untraceable if the modules change themselves: who counts calls must be called. The change is
+    taken back, since this was no call."""
+    members = ("_parameters", "_buffers", "_modules")
+    owns = [vars(m) for m in root.modules()]
+    owns += [own[name] for own in owns for name in members]
+    before = [dict(own) for own in owns]
+    try:
+        yield
+    finally:
+        changed = [pair for pair in zip(owns, before) if not _same(*pair)]
+        for own, old in changed:
+            for name in own.keys() - old.keys():
+                del own[name]
+            own.update(old)
+    if changed:
+        raise Untraceable("a module that changes itself")
+
+
+def _same(a: dict[str, object], b: dict[str, object]) -> bool:
+    return a.keys() == b.keys() and all(a[name] is b[name] for name in a)

@@ -1,0 +1,1 @@
+"""One token on a GPU: captured once as a CUDA graph, then replayed."""

@@ -1,0 +1,1 @@
+"""Gated products and forget gates."""

@@ -1,0 +1,1 @@
+"""Time-invariant recurrences: a step to decode, a convolution to train."""

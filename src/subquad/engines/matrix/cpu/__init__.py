@@ -1,0 +1,1 @@
+"""The matrix recurrence in compiled code on the CPU."""

@@ -1,0 +1,1 @@
+"""The matrix recurrence as Triton kernels."""

@@ -1,0 +1,1 @@
+"""What compiled operations share: operators, autograd, autocast, explanations, validation."""

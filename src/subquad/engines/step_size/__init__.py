@@ -1,0 +1,1 @@
+"""Selective step sizes, from the projected step to values and decay."""

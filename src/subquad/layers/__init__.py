@@ -1,0 +1,1 @@
+"""What mixers and models are built from: norms, convolutions, rotations, growing buffers."""

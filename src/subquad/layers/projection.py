@@ -1,0 +1,44 @@
+"""A projection as a module, computed by the engines where nobody wants to see it called."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as modules
+
+from subquad.engines.projection.api import linear
+
+_FORWARD = nn.Linear.forward
+
+
+def project(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)`, by `linear` if it is a projection that nobody replaced, hooked or wrapped."""
+    if (
+        torch.compiler.is_compiling()
+        or type(module) is not nn.Linear
+        or nn.Linear.forward is not _FORWARD
+        or is_watched(module)
+        or is_every_module_watched()
+    ):
+        y: Tensor = module(x)
+        return y
+    return linear(x, module.weight, module.bias)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody wants to see the module called, or calls something else in its place."""
+    own = vars(module)
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or "forward" in own
+        or "_compiled_call_impl" in own  # module.compile()
+    )
+
+
+def is_every_module_watched() -> bool:
+    """By hooks on all modules, as `torch.nn.modules.module.register_module_forward_hook` sets."""
+    return bool(
+        modules._global_forward_hooks
+        or modules._global_forward_pre_hooks
+        or modules._global_backward_hooks
+        or modules._global_backward_pre_hooks
+    )
