@@ -1,45 +1,46 @@
-"""Published layers, one file each: projections, gates and norms around one call of the engine."""
+"""Published layers, one file each: projections, gates and norms around a call of an engine.
 
-from subquad.mixers.attention import SlidingWindowAttention, SoftmaxAttention
+Beside them what a layer of your own is built from; docs/add-a-row.md shows how. Each is imported
+when it is first asked for.
+"""
+
+import importlib
+from typing import Any
+
 from subquad.mixers.base import Mixer, State
-from subquad.mixers.deltanet import DeltaNet
-from subquad.mixers.gated_deltanet import GatedDeltaNet
-from subquad.mixers.gla import GLA
-from subquad.mixers.linear_attention import LinearAttention
-from subquad.mixers.mamba import Mamba
-from subquad.mixers.mamba2 import Mamba2
-from subquad.mixers.registry import MIXERS, register
-from subquad.mixers.retnet import RetNet
-from subquad.mixers.s4d import S4D
+from subquad.mixers.registry import MIXERS, PLACES, register
 
-_CLASSES: tuple[type[Mixer], ...] = (
-    SoftmaxAttention,
-    SlidingWindowAttention,
-    LinearAttention,
-    RetNet,
-    GLA,
-    Mamba,
-    Mamba2,
-    DeltaNet,
-    GatedDeltaNet,
-    S4D,
-)
+_MIXERS = {cls: module for module, cls in (place.split(":") for place in PLACES.values())}
 
-MIXERS.update({cls.row: cls for cls in _CLASSES})
+# What mixers are built from: the public name, and where it is defined.
+_PARTS = {
+    "RMSNorm": "subquad.layers.norms",
+    "NormThenGate": "subquad.layers.norms",
+    "GateThenNorm": "subquad.layers.norms",
+    "ShortConvolution": "subquad.layers.short_convolution",
+    "no_weight_decay": "subquad.layers.initialization",
+    "set_": "subquad.layers.initialization",
+    "set_step_size_": "subquad.layers.initialization",
+    "project": "subquad.layers.projection",
+    "positions": "subquad.layers.rotary",
+    "l2_norm": "subquad.engines.norm.api",
+    "divide": "subquad.mixers.base",
+}
 
-__all__ = [
-    "GLA",
-    "MIXERS",
-    "S4D",
-    "DeltaNet",
-    "GatedDeltaNet",
-    "LinearAttention",
-    "Mamba",
-    "Mamba2",
-    "Mixer",
-    "RetNet",
-    "SlidingWindowAttention",
-    "SoftmaxAttention",
-    "State",
-    "register",
-]
+__all__ = ["MIXERS", "Mixer", "State", "register", *_MIXERS, *_PARTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MIXERS:
+        module = f"subquad.mixers.{_MIXERS[name]}"
+    elif name in _PARTS:
+        module = _PARTS[name]
+    else:
+        raise AttributeError(f"module 'subquad.mixers' has no attribute {name!r}; it has {__all__}")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -2,15 +2,64 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import TypeVar
 
 from subquad.errors import fail
 from subquad.mixers.base import Mixer
 from subquad.table import ROWS, Row
 
-MIXERS: dict[str, type[Mixer]] = {}
+PLACES = {
+    "softmax_attention": "attention:SoftmaxAttention",
+    "sliding_window_attention": "attention:SlidingWindowAttention",
+    "linear_attention": "linear_attention:LinearAttention",
+    "retnet": "retnet:RetNet",
+    "gla": "gla:GLA",
+    "mamba": "mamba:Mamba",
+    "mamba2": "mamba2:Mamba2",
+    "deltanet": "deltanet:DeltaNet",
+    "gated_deltanet": "gated_deltanet:GatedDeltaNet",
+    "s4d": "s4d:S4D",
+}
+"""Where the published mixers are: the row's name, then the file in this folder and the class."""
+
+
+class _Mixers(MutableMapping[str, type[Mixer]]):
+    """Mixers by name, each imported when it is first asked for."""
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        self._held: dict[str, str | type[Mixer]] = dict(places)
+
+    def __getitem__(self, name: str) -> type[Mixer]:
+        held = self._held[name]
+        if isinstance(held, str):
+            module, _, cls = held.partition(":")
+            held = getattr(importlib.import_module(f"subquad.mixers.{module}"), cls)
+            self._held[name] = held
+        return held
+
+    def __setitem__(self, name: str, cls: type[Mixer]) -> None:
+        self._held[name] = cls
+
+    def __delitem__(self, name: str) -> None:
+        del self._held[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._held
+
+    def __repr__(self) -> str:
+        return f"MIXERS({', '.join(self)})"
+
+
+MIXERS: MutableMapping[str, type[Mixer]] = _Mixers(PLACES)
 """The mixers by the name of their row in the table."""
 
 AnyMixer = TypeVar("AnyMixer", bound=type[Mixer])

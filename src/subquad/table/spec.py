@@ -74,7 +74,7 @@ class Recurrence:
     read_out: str = "plain"
 
     def __post_init__(self) -> None:
-        if self.engine == "diagonal":  # what "selective" was called first
+        if str(self.engine) == "diagonal":  # what "selective" was called first
             object.__setattr__(self, "engine", "selective")
         choose("engine", self.engine, tuple(FORMS))
         choose("decay", self.decay, DECAYS)
