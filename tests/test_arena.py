@@ -28,8 +28,9 @@ from subquad.arena import (
 from subquad.arena.drawing import byte_count, count, smooth, spread
 from subquad.arena.equalise import count_parameters
 from subquad.arena.measure import decode_timings, heldout_windows
+from subquad.arena.records import Shape
 from subquad.arena.text.report import command_line
-from subquad.arena.text.results import RowResult, Shape, Training, difference
+from subquad.arena.text.results import RowResult, Training, difference
 from subquad.cli import app
 from subquad.cli.arena_body import parse_count
 from subquad.mixers import MIXERS

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from subquad.arena.text.results import Shape
+from subquad.arena.records import Shape
 from subquad.mixers import MIXERS
 from subquad.models import SubquadConfig, SubquadForCausalLM
 

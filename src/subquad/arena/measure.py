@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from subquad.arena.text.results import DecodeTiming
+from subquad.arena.records import DecodeTiming
 from subquad.models import SubquadCache, SubquadForCausalLM
 from subquad.train import TrainConfig, autocast_dtype, token_losses
 from subquad.train.data import Tokens, heldout_starts

@@ -18,10 +18,11 @@ from subquad.arena.task.results import TaskArenaConfig
 from subquad.arena.task.run import run_task_arena
 from subquad.arena.text.progress import ArenaProgress
 from subquad.arena.text.report import learning_rates, terminal_table, write_report
-from subquad.arena.text.results import ArenaConfig, ArenaResults, write_json
+from subquad.arena.text.results import ArenaConfig, ArenaResults
 from subquad.arena.text.run import run_arena
 from subquad.cli.train_body import parse_setting
 from subquad.errors import choose, fail
+from subquad.files import write_json
 
 
 def arena_command(out: Path, given: dict[str, Any]) -> int:

@@ -11,13 +11,14 @@ process may write to `root`; `subquad.train.run` holds the lock.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+from subquad.files import sync, sync_tree
 
 MANIFEST = "manifest.json"
 _HIDDEN = ".unfinished-"
@@ -109,22 +110,6 @@ def clean(root: Path) -> None:
     """Remove what a killed process left half written or half deleted."""
     for leftover in root.glob(f"{_HIDDEN}*"):
         shutil.rmtree(leftover)
-
-
-def sync_tree(folder: Path) -> None:
-    """Force a flat folder, its files and its directory entry, to the disk."""
-    for file in folder.iterdir():
-        sync(file)
-    sync(folder)
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a directory (for a directory: the names in it)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(folder: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from subquad import __version__
-from subquad.train.checkpoint import sync, sync_tree
+from subquad.files import sync, sync_tree
 from subquad.train.config import RESUMABLE, TrainConfig
 
 _LOCK, _UNFINISHED_CONFIG = ".lock", ".config-unfinished"

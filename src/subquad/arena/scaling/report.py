@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from subquad.arena.drawing import Series, byte_count, count, draw
 from subquad.arena.page import render
 from subquad.arena.scaling.results import QUANTITIES, Exponent, RowScaling, scaling_from_json
-from subquad.arena.text.results import write_atomically, write_json
+from subquad.files import write_atomically, write_json
 from subquad.table import ROWS
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def render_scaling(record: dict[str, Any]) -> str:
         for row in rows
     ]
     return render(
-        "scaling.html.jinja",
+        "scaling/report.html.jinja",
         drawings,
         rows=table,
         config=record["config"],

@@ -4,8 +4,8 @@ from typing import Any
 
 from rich.console import Console
 
+from subquad.arena.progress import RowBars
 from subquad.arena.task.results import TaskPlan
-from subquad.arena.text.progress import RowBars
 
 
 class TaskProgress(RowBars):

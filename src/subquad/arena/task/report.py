@@ -11,7 +11,7 @@ from subquad.arena.drawing import byte_count, count
 from subquad.arena.page import render
 from subquad.arena.task.plots import by_length, learning_curves
 from subquad.arena.task.results import Outcome, TaskArenaConfig, TaskArenaResults, TaskRowResult
-from subquad.arena.text.results import write_atomically, write_json
+from subquad.files import write_atomically, write_json
 from subquad.tasks import Task
 from subquad.tasks.scoring import CHUNK
 
@@ -81,7 +81,7 @@ def render_task_html(results: TaskArenaResults) -> str:
     environment = plan.environment
     versions = ("subquad", "torch", "transformers", "python")
     return render(
-        "task_report.html.jinja",
+        "task/report.html.jinja",
         drawings,
         task=task,
         metric=task.metric if task.metric == "NMSE" else task.metric.capitalize(),

@@ -7,7 +7,7 @@ from typing import Any
 
 from subquad import tasks
 from subquad.arena.entrants import Entrant, check_rows, labels, split_rows
-from subquad.arena.text.results import Shape
+from subquad.arena.records import Shape
 from subquad.errors import choose, fail
 from subquad.tasks import Recipe, Task
 from subquad.tasks.base import check_count, check_flag, check_number

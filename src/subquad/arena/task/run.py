@@ -19,6 +19,7 @@ import torch
 from subquad.arena.entrants import Entrant
 from subquad.arena.equalise import count_shape, equal_shape, narrow_options
 from subquad.arena.folder import begun, describe_machine, refuse_changes
+from subquad.arena.records import Shape
 from subquad.arena.task.results import (
     Outcome,
     TaskArenaConfig,
@@ -26,7 +27,7 @@ from subquad.arena.task.results import (
     TaskPlan,
     TaskRowResult,
 )
-from subquad.arena.text.results import Shape, write_json
+from subquad.files import write_json
 from subquad.table import ROWS
 from subquad.tasks import Recipe, Task
 from subquad.tasks.model import TaskModel

@@ -8,16 +8,15 @@ from typing import Any
 from subquad.arena.drawing import byte_count, count
 from subquad.arena.measure import DECODE_STEPS, DECODE_WARM_UP
 from subquad.arena.page import render
+from subquad.arena.records import DecodeTiming
 from subquad.arena.text import plots
 from subquad.arena.text.results import (
     ArenaConfig,
     ArenaResults,
-    DecodeTiming,
     RowResult,
     difference,
-    write_atomically,
-    write_json,
 )
+from subquad.files import write_atomically, write_json
 from subquad.table import ROWS
 
 _NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
@@ -72,7 +71,7 @@ def render_html(results: ArenaResults) -> str:
     config, first = results.config, results.rows[0]
     number = len(results.rows)
     return render(
-        "report.html.jinja",
+        "text/report.html.jinja",
         drawings,
         title=f"{_NUMBERS[number] if number < len(_NUMBERS) else number} "
         f"sequence mixer{'s' if number != 1 else ''}, one budget",

@@ -3,13 +3,11 @@
 Units, everywhere: bits per byte, seconds, tokens per second, bytes. Nothing here is rounded.
 """
 
-import json
-import os
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from subquad.arena.entrants import Entrant, check_rows, labels
+from subquad.arena.records import DecodeTiming, Shape
 
 DEFAULT_ROWS = ("softmax_attention", "mamba", "mamba2", "gla", "gated_deltanet")
 
@@ -77,41 +75,6 @@ class ArenaConfig:
 def _require_positive(name: str, value: float) -> None:
     if not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One row's model at the common size; `model` holds the keyword arguments of SubquadConfig."""
-
-    row: str
-    parameters: int
-    embedding_parameters: int
-    model: dict[str, Any]
-
-    @property
-    def description(self) -> str:
-        """The model in one line, such as `4 layers of 144, MLP 368, num_heads 2`."""
-        parts = [f"{self.model['num_hidden_layers']} layers of {self.model['hidden_size']}"]
-        if "intermediate_size" in self.model:
-            parts.append(f"MLP {self.model['intermediate_size']}")
-        options = self.model.get("mixer_options", {}).get(self.row, {})
-        return ", ".join([*parts, *(f"{name} {value}" for name, value in options.items())])
-
-
-@dataclass(frozen=True)
-class DecodeTiming:
-    """Decoding one sequence (batch 1) with `context` tokens already in the cache."""
-
-    context: int
-    seconds_per_token: float  # median
-    low: float  # quartiles of the same steps
-    high: float
-    prefill_seconds: float  # for all `context` tokens, from an empty cache
-    cache_bytes: int
-
-    @property
-    def tokens_per_second(self) -> float:
-        return 1.0 / self.seconds_per_token
 
 
 @dataclass(frozen=True)
@@ -272,15 +235,3 @@ class ArenaResults:
     def from_json(cls, record: dict[str, Any]) -> "ArenaResults":
         rows = [RowResult.from_json(row) for row in record["rows"]]
         return cls(Plan.from_json(record["plan"]), rows, record.get("failures", {}))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write all of `text` to `path`, or leave what was there: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
-
-
-def write_json(path: Path, record: Any) -> None:
-    write_atomically(path, json.dumps(record, indent=1, allow_nan=False) + "\n")

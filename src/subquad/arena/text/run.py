@@ -24,16 +24,16 @@ import torch
 from subquad.arena.equalise import equal_shape
 from subquad.arena.folder import begun, describe_machine, refuse_changes
 from subquad.arena.measure import decode_timings, heldout_windows
+from subquad.arena.records import Shape
 from subquad.arena.text.results import (
     ArenaConfig,
     ArenaResults,
     Attempt,
     Plan,
     RowResult,
-    Shape,
     Training,
-    write_json,
 )
+from subquad.files import write_json
 from subquad.generate import stream
 from subquad.train import Corpus, TrainConfig, TrainingError, TrainResult, load_corpus, train
 
