@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from subquad import __version__
-from subquad.files import sync, sync_tree
+from subquad.files import sync, sync_tree, write_sums
+from subquad.models.folder import write_model
 from subquad.train.config import RESUMABLE, TrainConfig
 
 _LOCK, _UNFINISHED_CONFIG = ".lock", ".config-unfinished"
@@ -108,7 +108,8 @@ class RunDirectory:
         """(Re)place RUN/model. A kill in between leaves the old folder, the new one, or none."""
         hidden = self.path / ".model-unfinished"
         shutil.rmtree(hidden, ignore_errors=True)
-        save_model_folder(model, tokenizer, hidden)
+        write_model(model, tokenizer, hidden)
+        write_sums(hidden)
         sync_tree(hidden)
         if self.model.exists():
             shutil.rmtree(self.model)
@@ -148,18 +149,6 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             except ValueError as error:
                 raise ValueError(f"{path}, line {number} is damaged: {error}") from None
     return records
-
-
-def save_model_folder(model: Any, tokenizer: Any, folder: Path) -> None:
-    """An ordinary Hugging Face folder, written without transformers' own progress bar."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def _lock(path: Path) -> int:
