@@ -25,16 +25,18 @@ from subquad.arena import (
     terminal_table,
     write_report,
 )
-from subquad.arena.drawing import byte_count, count, smooth, spread
+from subquad.arena.drawing import byte_count, count, looks, smooth, spread
 from subquad.arena.equalise import count_parameters
 from subquad.arena.measure import decode_timings, heldout_windows
 from subquad.arena.records import Shape
 from subquad.arena.text.report import command_line
 from subquad.arena.text.results import RowResult, Training, difference
-from subquad.cli import app
-from subquad.cli.arena_body import parse_count
+from subquad.cli import app, parse
+from subquad.cli.arena_body import arena_command, show
+from subquad.cli.terminal import screen
 from subquad.mixers import MIXERS
 from subquad.models import SubquadConfig, SubquadForCausalLM
+from subquad.table import ROWS as ROWS_OF_THE_TABLE
 from subquad.train import TrainConfig, TrainingError, evaluate, load_corpus, train
 
 ROWS = ("softmax_attention", "gla")
@@ -94,7 +96,7 @@ def test_rows_that_mix_channels_get_layers_instead_of_an_mlp():
 def test_a_size_or_row_that_cannot_be_had_is_refused():
     with pytest.raises(ValueError, match=r"parameters: gla has no shape within 2% of 500 "):
         equal_shape("gla", 500, 259)
-    with pytest.raises(ValueError, match=r"rows: there is no row 'gals'; expected some of .*gla"):
+    with pytest.raises(ValueError, match=r"rows: got 'gals'; expected one of .*gla"):
         equal_shape("gals", 1_000_000, 259)
 
 
@@ -340,7 +342,7 @@ def test_the_page_stands_alone(finished):
     assert page.open == []
     assert page.loads == []
     assert "@import" not in html and not re.search(r"url\((?!#)", html)
-    assert html.count("<svg") == 4 and html.count('role="img"') == 4
+    assert html.count("<svg") == 6 and html.count('role="img"') == 6
     assert not re.search(r"#01f[23]", html), "a placeholder colour was left"
     clips = re.findall(r'<clipPath id="([^"]+)"', html)
     assert clips and len(set(clips)) == len(clips), "drawings would clip each other"
@@ -390,6 +392,58 @@ def test_the_table_fits_a_terminal(finished):
         assert re.search(rf"{result.row} .*{result.bits_per_byte:.3f}", printed)
 
 
+def test_every_axis_says_what_it_counts(finished):
+    html = render_html(finished[0])
+    drawings = re.findall(r'<svg .*?aria-label="(.*?)".*?</svg>', html, re.S)
+    assert len(drawings) == 6
+    for what in drawings:
+        y, x = what.split(" against ")
+        assert html.count(f">{x}</text>") and html.count(f">{y}</text>"), what
+    assert {
+        f"bits per byte against {x}" for x in ("seconds of training", "state of one sequence")
+    } <= {*drawings}
+
+
+def test_a_row_has_its_colour_on_every_page(finished):
+    demo = looks(ArenaConfig().rows)
+    alone = {row: looks([row])[row] for row in demo}
+    assert demo == alone and len({look.colour for look in demo.values()}) == len(demo)
+    every = looks(ROWS_OF_THE_TABLE)
+    assert len(set(every.values())) == len(every), "two rows cannot be told apart"
+    twice = looks(["gla", "gla:num_heads=2"])
+    assert twice["gla"] == every["gla"] != twice["gla:num_heads=2"]
+    assert twice["gla:num_heads=2"].colour == every["gla"].colour
+    page = render_html(finished[0])
+    for row, look in every.items():
+        if row in ROWS:
+            assert f'var(--series-{look.colour})"></span><code>{row}</code>' in page
+
+
+@pytest.mark.parametrize("label", ["gla:" + "x" * 200, "gla:[/x]", "gla:$x_1$ & <b>"])
+def test_labels_may_hold_anything(finished, label, capsys):
+    results = finished[0]
+    rows = [replace(row, label=label) if row.row == "gla" else row for row in results.rows]
+    changed = ArenaResults(replace(results.plan, config=results.config), rows)
+    page = Page(render_html(changed))
+    assert page.open == [] and page.loads == []
+    show(changed, screen())
+    shown = capsys.readouterr().out
+    assert label in shown or shown.count("x") >= 200
+
+
+def test_a_report_that_cannot_be_drawn_loses_no_result(config, tmp_path, monkeypatch, capsys):
+    def fail(results):
+        raise RuntimeError("no drawing [/x] today")
+
+    monkeypatch.setattr("subquad.arena.text.report.render_html", fail)
+    given = {**vars(config), "rows": "gla", "parameters": "60k", "lr": "0.002", "steps": 2}
+    status = arena_command(tmp_path / "[/x]" / "out", given)
+    said = capsys.readouterr().out
+    assert status == 1 and "no drawing [/x] today" in said and "gla" in said
+    record = json.loads((tmp_path / "[/x]" / "out" / "results.json").read_text())
+    assert record["summary"][0]["row"] == "gla"
+
+
 @given(st.lists(st.floats(0, 300), min_size=1, max_size=12))
 def test_labels_keep_their_order_and_their_distance(wishes):
     placed = spread(wishes, 17, 0, 300)
@@ -412,10 +466,10 @@ def test_smoothing_is_a_mean_of_neighbours(values, window):
 def test_numbers_as_people_write_them():
     assert [count(n) for n in (128, 998, 2048, 16384, 10**6)] == ["128", "998", "2k", "16k", "1M"]
     assert [byte_count(n) for n in (16, 983_040, 72 << 20)] == ["16 B", "960 KiB", "72 MiB"]
-    assert [parse_count(n) for n in ("300k", "1.5M", "2500")] == [300_000, 1_500_000, 2500]
+    assert [parse.count(n) for n in ("300k", "1.5M", "2500")] == [300_000, 1_500_000, 2500]
     for wrong in ("", "M", "lots", "1e999"):
         with pytest.raises(ValueError, match="parameters: got"):
-            parse_count(wrong)
+            parse.count(wrong)
 
 
 def test_the_command_runs_and_says_where_the_report_is(config, tmp_path):

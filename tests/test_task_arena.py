@@ -3,6 +3,7 @@
 import html
 import json
 import math
+import re
 import tracemalloc
 import weakref
 from dataclasses import fields, replace
@@ -16,11 +17,12 @@ from typer.testing import CliRunner
 
 from subquad import tasks
 from subquad.arena import ArenaConfig
+from subquad.arena.drawing import short
 from subquad.arena.entrants import Entrant, split_rows
 from subquad.arena.scaling.report import scaling_table, write_scaling
 from subquad.arena.scaling.results import QUANTITIES, ScalingConfig, fit_exponent
 from subquad.arena.scaling.run import kept_for_backward, run_scaling
-from subquad.arena.task.plots import short
+from subquad.arena.task.example import example
 from subquad.arena.task.report import (
     findings,
     render_task_html,
@@ -443,7 +445,7 @@ def test_a_stopped_arena_goes_on_with_the_row_it_was_at(tmp_path, monkeypatch):
 
     def stopped(task, config, **options):
         result = real(task, config, **options)
-        result.interrupted = "softmax" in config.model_keywords["mixer"]
+        result.stopped_by = 2 if "softmax" in config.model_keywords["mixer"] else None
         return result
 
     monkeypatch.setattr(run, "train_task", stopped)
@@ -488,7 +490,7 @@ def test_the_page_stands_alone_and_the_table_fits_a_terminal(finished, tmp_path)
     page = write_task_report(results, tmp_path).read_text()
     outline = Outline()
     outline.feed(page)
-    assert not outline.outside and outline.svgs == 4
+    assert not outline.outside and outline.svgs == 6
     assert "Gu and Dao 2023" in page and "not run" in page
     console = Console(width=80, record=True)
     console.print(task_table(results))
@@ -532,10 +534,53 @@ def test_a_guess_is_told_in_the_units_of_the_metric(tmp_path):
     assert "A uniform guess has 0." in render_task_html(results)
 
 
+def test_every_plot_shows_what_a_guess_would_have(finished):
+    page = render_task_html(finished[0])
+    drawings = re.findall(r"<svg .*?</svg>", page, re.S)
+    assert len(drawings) == 6 and all(">guessing</text>" in svg for svg in drawings)
+    labels = re.findall(r'aria-label="(.*?)"', page)
+    wanted = (
+        "steps",
+        "seconds of training",
+        "state of one sequence",
+        "positions in a test sequence",
+    )
+    assert {label.removeprefix("accuracy against ") for label in labels} == set(wanted)
+
+
+@pytest.mark.parametrize("name", list(tasks.TASKS))
+def test_the_page_shows_one_example_of_the_task(name):
+    if name == "digits":
+        pytest.importorskip("sklearn")
+    task = tasks.get(name)
+    shown = example(task)
+    assert 1 <= len(shown) <= 161 and shown[-1].due
+    batch = task.sample(1, split="test")
+    asked = batch.asked[0].nonzero()[:, 0].tolist()
+    if name == "mqar":
+        dues = [position.due for position in shown if position.due]
+        assert dues == [str(batch.labels[0, at].item()) for at in asked]
+    if name == "listops":  # an expression that anybody can check
+        text = " ".join(position.read for position in shown)
+        assert (
+            re.fullmatch(r"(\[(MIN|MAX|MED|SM) |[0-9] |\] )*\]", text) and shown[-1].due.isdigit()
+        )
+    if name == "stories":
+        assert set(re.findall("[a-z]+", " ".join(p.read for p in shown))) & {"anna", "attic", "key"}
+    if name == "hippo":
+        assert shown[0].read.startswith("(") and float(shown[-1].due) is not None
+
+
+def test_a_long_example_is_cut_in_the_middle():
+    task = tasks.get("induction_heads", length=500)
+    shown = example(task)
+    assert [p.read for p in shown].count("…") == 1 and len(shown) == 161 and shown[-1].due
+
+
 def test_long_labels_are_cut_in_the_middle():
     assert short("softmax_attention") == "softmax_attention"
     cut = short("mamba2:head_dim=32:state_size=16")
-    assert cut == "mamba2:he…te_size=16" and len(cut) == 20
+    assert cut == "mamba2:head…tate_size=16" and len(cut) == 24
 
 
 def test_the_command_line_of_a_report_asks_the_same_again():
@@ -608,6 +653,12 @@ def test_scaling_finds_what_is_exact_and_reports_it(tmp_path):
     outline = Outline()
     outline.feed(page)
     assert not outline.outside and outline.svgs == 6
+    for svg in re.findall(
+        r"<svg .*?</svg>", page, re.S
+    ):  # guides of slope 1 and 2, both axes named
+        y, x = re.search(r'aria-label="(.*?)"', svg)[1].split(" against ")
+        assert x in ("tokens T", "width d") and f">{x}<" in svg and f">{y}<" in svg
+    assert page.count(">T²</text>") == 4 and page.count(">d²</text>") == 2
     console = Console(width=80, record=True)
     console.print(scaling_table(json.loads((tmp_path / "scaling.json").read_text()), "T"))
     text = console.export_text()
@@ -694,7 +745,7 @@ def test_the_command_trains_and_reports(tmp_path):
         ("--list-tasks --rows gla", "--rows: does not go with --list-tasks"),
         ("--list-tasks --scaling", "--scaling: does not go with --list-tasks"),
         ("--scaling --task mqar", "--task: does not go with --scaling"),
-        ("--scaling --set colour=1", "--set colour: got no such field"),
+        ("--scaling --set colour=1", "--set: got 'colour'; expected one of rows, tokens"),
         ("--scaling --set tokens=512", "tokens: got [512]; expected three numbers"),
         ("--scaling --set seconds=long", "seconds: got 'long'; expected a number above 0"),
     ],

@@ -15,6 +15,14 @@ from subquad import __version__
 from subquad.models.device import pick_device
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal came while a row was in training, which has been saved."""
+
+    def __init__(self, number: int | None) -> None:
+        super().__init__()
+        self.signal = number
+
+
 def begun(out: Path) -> dict[str, Any] | None:
     """What plan.json of an earlier call says, or None; ValueError if `out` holds something else."""
     file = out / "plan.json"

@@ -152,6 +152,10 @@ class Task(ABC):
         random = np.random.default_rng([SPLITS.index(split), seed, step])
         return self.draw(random, batch_size, split)
 
+    def spell(self, token: int) -> str:
+        """A token, or an answer, as people read it."""
+        return str(token)
+
     def stream(self, batch_size: int, *, seed: int = 0, step: int = 0) -> Iterator[Batch]:
         """Training batches from this step on, without end."""
         while True:

@@ -8,6 +8,7 @@ DIR/report.html          everything on one page
 
 import json
 import math
+import signal
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 
 from subquad.arena.entrants import Entrant
 from subquad.arena.equalise import count_shape, equal_shape, narrow_options
-from subquad.arena.folder import begun, describe_machine, refuse_changes
+from subquad.arena.folder import Stopped, begun, describe_machine, refuse_changes
 from subquad.arena.records import Shape
 from subquad.arena.task.results import (
     Outcome,
@@ -64,19 +65,20 @@ def run_task_arena(
         if out:
             write_json(out / "plan.json", asdict(plan))
     on_event({"kind": "plan", "plan": plan})
-    finished = []
+    finished, stopped_by = [], None
     for entrant in config.entrants():
         result = _read_row(out / entrant.folder) if out else None
         if result is None:
             try:
                 result = _run_row(entrant, plan, on_event)
-            except KeyboardInterrupt:  # while testing; in training `train_task` itself stops
+            except KeyboardInterrupt as stopped:  # in training, `train_task` itself stops
+                stopped_by = getattr(stopped, "signal", signal.SIGINT)
                 break
             if out:
                 write_json(out / entrant.folder / "result.json", asdict(result))
         finished.append(result)
         on_event({"kind": "row", "row": entrant.label, "result": result})
-    return TaskArenaResults(plan, finished)
+    return TaskArenaResults(plan, finished, stopped_by)
 
 
 def make_plan(config: TaskArenaConfig) -> TaskPlan:
@@ -135,7 +137,7 @@ def _run_row(entrant: Entrant, plan: TaskPlan, on_event: Callable[[Record], None
     except TrainingError as error:  # one row that diverges is a result, too
         failure = str(error)
     if trained is not None and trained.interrupted:
-        raise KeyboardInterrupt
+        raise Stopped(trained.stopped_by)
     losses = [r for r in history if r["kind"] == "train"]
     values = [r for r in history if r["kind"] == "test"]
     return TaskRowResult(
@@ -152,6 +154,7 @@ def _run_row(entrant: Entrant, plan: TaskPlan, on_event: Callable[[Record], None
         state_bytes=state_bytes(trained.model, task) if trained else 0,
         failure=failure,
         cut=trained is not None and trained.cut,
+        value_seconds=[r["seconds"] for r in values],
     )
 
 

@@ -12,7 +12,7 @@ _SMOOTHING = 0.9  # of the bits per byte shown: single batches jump
 
 
 class ArenaProgress(RowBars):
-    """`on_event` draws what `run_arena` tells."""
+    """`on_event` draws what `run_arena` reports."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console, "reading the text")
@@ -23,15 +23,17 @@ class ArenaProgress(RowBars):
         kind = record["kind"]
         if kind == "plan":
             self._plan(record["plan"])
+        elif kind == "compiling":
+            self.compiling()
         elif kind == "measure":
             note = f"{record['row']}: {record['what']}"
             self.note(record["row"], note)
             if not self.console.is_terminal:
-                self.console.print(f"measuring {note}")
+                self.say(f"measuring {note}")
         elif kind == "train":
             self._step(record)
         elif kind == "message":
-            self.console.print(f"{record['row']}: {record['text']}")
+            self.say(f"{record['row']}: {record['text']}")
         elif kind == "row":
             note = f"{record['result'].bits_per_byte:.3f} held-out bits per byte"
             self.finish(record["row"], self.steps, note)
@@ -39,7 +41,7 @@ class ArenaProgress(RowBars):
     def _plan(self, plan: Plan) -> None:
         self.steps = plan.steps
         tokens = plan.steps * plan.config.batch_size * plan.config.seq_len
-        self.console.print(
+        self.say(
             f"Every row: {plan.steps} steps of {plan.config.batch_size} x {plan.config.seq_len} "
             f"tokens, {count(tokens)} in all. Parameters, the tied embedding counted once:"
         )
@@ -50,4 +52,4 @@ class ArenaProgress(RowBars):
         shown = _SMOOTHING * self.shown.get(row, now) + (1 - _SMOOTHING) * now
         self.shown[row] = shown
         speed = count(record["tokens_per_second"])
-        self.move(row, record["step"], f"{shown:.2f} bits/byte  {speed} tok/s")
+        self.move(row, record["step"], f"{shown:.2f} bits/byte  {speed} tok/s", self.steps)

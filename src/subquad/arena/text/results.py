@@ -192,12 +192,14 @@ class Plan:
 class ArenaResults:
     """The answer so far: finished rows, in the order asked for.
 
-    failures: why training broke off, by the row; the same call tries again.
+    failures:   why training broke off, by the row; the same call tries again.
+    stopped_by: the signal that ended the call, if one did; not kept in files.
     """
 
     plan: Plan
     rows: list[RowResult]
     failures: dict[str, str] = field(default_factory=dict)
+    stopped_by: int | None = field(default=None, compare=False)
 
     @property
     def config(self) -> ArenaConfig:

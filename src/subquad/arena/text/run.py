@@ -12,6 +12,7 @@ What lies where:
 
 import json
 import math
+import signal
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from subquad.arena.equalise import equal_shape
-from subquad.arena.folder import begun, describe_machine, refuse_changes
+from subquad.arena.folder import Stopped, begun, describe_machine, refuse_changes
 from subquad.arena.measure import decode_timings, heldout_windows
 from subquad.arena.records import Shape
 from subquad.arena.text.results import (
@@ -70,14 +71,15 @@ def run_arena(
         plan = _make_plan(config, corpus, began, on_event)
         write_json(out / "plan.json", asdict(plan))
     on_event({"kind": "plan", "plan": plan})
-    finished, failures = [], {}
+    finished, failures, stopped_by = [], {}, None
     for entrant in config.entrants():
         folder = out / entrant.folder
         result = _read_row(folder)
         if result is None:
             try:
                 result = _run_row(entrant.label, plan, corpus, folder, on_event)
-            except KeyboardInterrupt:  # between training steps `train` itself stops and saves
+            except KeyboardInterrupt as stopped:  # in training, `train` itself stops and saves
+                stopped_by = getattr(stopped, "signal", signal.SIGINT)
                 break
             except TrainingError as error:  # the others have done nothing wrong
                 failures[entrant.label] = str(error)
@@ -86,7 +88,7 @@ def run_arena(
                 continue
         finished.append(result)
         on_event({"kind": "row", "row": entrant.label, "result": result})
-    return ArenaResults(plan, finished, failures)
+    return ArenaResults(plan, finished, failures, stopped_by)
 
 
 def _make_plan(
@@ -107,7 +109,7 @@ def _make_plan(
         settings = _train_config(config, shape, _CALIBRATION_STEPS, config.rates[0])
         trained = train(settings, corpus=corpus)
         if trained.interrupted:
-            raise KeyboardInterrupt
+            raise Stopped(trained.stopped_by)
         seconds = median(_step_seconds(trained)[_CALIBRATION_WARM_UP:])
         # Timing the steps of a model does not need its final weights: they do not change the work.
         on_event({"kind": "measure", "row": row, "what": "decoding"})
@@ -173,7 +175,7 @@ def _train_row(
             attempts.append(Attempt(lr, None))
             continue
         if trained.interrupted:
-            raise KeyboardInterrupt
+            raise Stopped(trained.stopped_by)
         end = _end(trained)
         attempts.append(Attempt(lr, end))
         if best is None or end < least:
