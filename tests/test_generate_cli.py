@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from subquad import SubquadCache, SubquadConfig, SubquadForCausalLM
-from subquad.cli import app, main
-from subquad.cli.train_body import parse_layers, parse_setting, settle
+from subquad.cli import app, main, parse
+from subquad.cli.settle import settle
 from subquad.generate import TextPieces, draw, generate_batch, generate_tokens, load, stream
 from subquad.generate.decode import _reading
-from subquad.generate.load import model_folder
 from subquad.models import ByteTokenizer
+from subquad.models.folder import model_folders
 from subquad.train import TrainConfig, train
 
 BYTES = ByteTokenizer()
@@ -274,7 +274,7 @@ def test_an_unfinished_run_speaks_from_its_newest_checkpoint(finished, tmp_path)
     source = sorted((finished / "checkpoints").iterdir())[-1]
     for step in ("step-00000002", "step-00000010"):
         (tmp_path / "checkpoints" / step).symlink_to(source)
-    assert model_folder(tmp_path).name == "step-00000010"
+    assert model_folders(tmp_path)[0].name == "step-00000010"
 
 
 def test_loading_nothing_says_so(tmp_path):
@@ -303,8 +303,8 @@ def test_settle_puts_options_over_the_base(tmp_path):
 
 
 def test_layers_are_a_number_or_rows():
-    assert parse_layers("6") == {"num_hidden_layers": 6, "layers": None}
-    assert parse_layers("gla, mamba2") == {"layers": ["gla", "mamba2"], "num_hidden_layers": 2}
+    assert parse.layers("6") == {"num_hidden_layers": 6, "layers": None}
+    assert parse.layers("gla, mamba2") == {"layers": ["gla", "mamba2"], "num_hidden_layers": 2}
 
 
 @pytest.mark.parametrize(
@@ -317,13 +317,13 @@ def test_layers_are_a_number_or_rows():
     ],
 )
 def test_settings_are_json_or_text(text, expected):
-    assert parse_setting(text) == expected
+    assert parse.setting(text) == expected
 
 
 @pytest.mark.parametrize("text", ["a", "=1", ""])
 def test_settings_without_a_name_or_value_are_refused(text):
     with pytest.raises(ValueError, match="expected name=value"):
-        parse_setting(text)
+        parse.setting(text)
 
 
 def test_help_states_the_defaults_that_hold():
@@ -419,6 +419,28 @@ def test_help_needs_no_torch():
     assert result.stdout.endswith("[]\n") and "subquad train runs/gla" in result.stdout
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_saves_and_is_the_exit_status(name, text, tmp_path, subquad, monkeypatch):
+    import subquad.train.session as session
+
+    if not hasattr(signal, name):
+        pytest.skip("this system has no such signal")
+    step = session.Session.train_step
+
+    def step_and_signal(self):
+        step(self)
+        if self.step == 2:
+            signal.raise_signal(getattr(signal, name))
+
+    monkeypatch.setattr(session.Session, "train_step", step_and_signal)
+    sizes = ("--hidden-size", 16, "--layers", 1, "--seq-len", 16, "--steps", 9, "--data", text)
+    status, _, said = subquad("train", tmp_path / "a b", *sizes)
+    assert status == 128 + getattr(signal, name)
+    assert "stopped and saved after step 2" in said
+    assert os.name == "nt" or f"subquad train '{tmp_path}/a b' --resume\n" in said
+    assert [p.name for p in (tmp_path / "a b" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
 def test_ctrl_c_saves_and_resume_goes_on(text, tmp_path, subquad):
     run = tmp_path / "run"
     sizes = ("--hidden-size", 16, "--layers", 1, "--mixer", "gla", "--seq-len", 32)
@@ -433,7 +455,7 @@ def test_ctrl_c_saves_and_resume_goes_on(text, tmp_path, subquad):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 0
+    assert process.returncode == 130
     (saved,) = (run / "checkpoints").iterdir()
     step = int(saved.name.removeprefix("step-"))
     assert 3 <= step < 400 and f"stopped and saved after step {step}" in said

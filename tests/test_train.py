@@ -376,7 +376,7 @@ def test_a_full_disk_is_one_clear_error_and_costs_no_checkpoint(config, tmp_path
 
     def fill_disk(record):
         if record["kind"] == "checkpoint":
-            monkeypatch.setattr("subquad.train.session.save_model_folder", full)
+            monkeypatch.setattr("subquad.train.session.write_model", full)
 
     with pytest.raises(CheckpointError, match=r"No space left.*step-00000003"):
         train(config, tmp_path / "run", on_event=fill_disk)

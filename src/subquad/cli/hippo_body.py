@@ -10,6 +10,7 @@ from rich.table import Table
 from torch import Tensor
 
 from subquad.cli.hippo_story import Recall, Story
+from subquad.cli.terminal import say, screen, show_path
 from subquad.errors import fail
 from subquad.ssm import signals
 from subquad.ssm.hippo import HiPPO
@@ -28,7 +29,7 @@ def hippo_command(
     column: str | None,
     out: Path,
 ) -> None:
-    """Remember, tell, draw."""
+    """Remember, show, draw."""
     if signal in signals.MADE:
         f = signals.make(signal, length)
     else:
@@ -40,13 +41,14 @@ def hippo_command(
     if measure != "legs" and window is None:
         window = max(1, len(f) // 4)
     story = tell(HiPPO(measure, size, window), f, method)
-    show(story, signal, Console())
+    console = screen()
+    show(story, signal, console)
 
     from subquad.cli.hippo_plot import draw
 
     out.parent.mkdir(parents=True, exist_ok=True)
     draw(story, out)
-    Console().print(f"\n[bold]Drawing[/bold]  {out}", highlight=False, soft_wrap=True)
+    show_path(console, "Drawing", out)
 
 
 def tell(memory: HiPPO, f: Tensor, method: str) -> Story:
@@ -69,16 +71,15 @@ def show(story: Story, name: str, console: Console) -> None:
     reach = "all of the past" if memory.window is None else f"window {memory.window:g}"
     if memory.measure == "decay":
         reach = f"time constant {memory.window:g}"
-    console.print(
-        f"[bold]{name}[/bold]: {len(story.f):,} samples, read one by one into {memory.N} numbers "
+    say(
+        console,
+        f"{name}: {len(story.f):,} samples, read one by one into {memory.N} numbers "
         f"({memory.measure}, {reach}, {story.method})\n",
-        highlight=False,
-        soft_wrap=True,
     )
     width = max(20, min(72, console.width - 14))
     low, high = last.truth.min().item(), last.truth.max().item()
     for label, line in (("was", last.truth), ("remembered", last.remembered)):
-        console.print(f"{label:>11} {sparkline(line, width, low, high)}", highlight=False)
+        console.print(f"{label:>11} {sparkline(line, width, low, high)}")
     console.print()
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("after", "covers", "error", "oldest fifth", "newest fifth"):
@@ -89,7 +90,7 @@ def show(story: Story, name: str, console: Console) -> None:
             f"{recall.t:,}", f"{len(recall.samples):,}", *(f"{100 * e:.3g} %" for e in errors)
         )
     console.print(table)
-    console.print("\nerror: root mean square, of the signal's standard deviation", style="dim")
+    say(console, "\nerror: root mean square, of the signal's standard deviation", style="dim")
 
 
 def sparkline(values: Tensor, width: int, low: float, high: float) -> str:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from subquad.errors import pick
+from subquad.table import ROWS
+
 if TYPE_CHECKING:
     from subquad.models import SubquadConfig
 
@@ -26,6 +29,8 @@ class TrainConfig:
 
     model: "str | Mapping[str, Any] | SubquadConfig" = "gated_deltanet"
     """A row name, the keywords of a SubquadConfig, or a SubquadConfig. Stored as the keywords."""
+    init_from: str | None = None
+    """A run or a model folder whose weights are the start; None draws them from the seed."""
     data: str = "stdlib"
     """`stdlib` (Python's own library on this machine), a text file, a .jsonl file, or a folder."""
     tokenizer: str | None = None
@@ -116,7 +121,7 @@ class TrainConfig:
 
 def _model_keywords(model: Any) -> dict[str, Any]:
     if isinstance(model, str):
-        return {"mixer": model}
+        return {"mixer": pick("mixer", model, ROWS)}
     keywords = model.to_dict() if hasattr(model, "to_dict") else model
     if not isinstance(keywords, Mapping):
         raise ValueError(
@@ -124,7 +129,18 @@ def _model_keywords(model: Any) -> dict[str, Any]:
             "keywords, or a SubquadConfig"
         )
     # There and back through JSON, so that a config read from a file equals the one written.
-    return dict(json.loads(json.dumps(dict(keywords))))
+    return _with_row_names(json.loads(json.dumps(dict(keywords))))
+
+
+def _with_row_names(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Rows in any case, by their names; SubquadConfig judges whatever else is there."""
+    if isinstance(keywords.get("mixer"), str):
+        keywords["mixer"] = pick("mixer", keywords["mixer"], ROWS)
+    if isinstance(keywords.get("layers"), list):
+        keywords["layers"] = [
+            pick("layers", row, ROWS) if isinstance(row, str) else row for row in keywords["layers"]
+        ]
+    return keywords
 
 
 def _integer(value: Any, least: int) -> bool:
@@ -156,5 +172,7 @@ _RULES: dict[str, _Rule] = {
     "precision": (lambda v: v in ("auto", "float32", "bf16"), "auto, float32 or bf16"),
     "data": (lambda v: isinstance(v, str), "a string"),
     "device": (lambda v: isinstance(v, str), "a string"),
-    "tokenizer": (lambda v: v is None or isinstance(v, str), "None or a string"),
+    **dict.fromkeys(
+        ("tokenizer", "init_from"), (lambda v: v is None or isinstance(v, str), "None or a string")
+    ),
 }

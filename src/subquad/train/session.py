@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
+from subquad.models.folder import write_model
 from subquad.train import checkpoint
 from subquad.train.build import autocast_dtype
 from subquad.train.captured import Captured
@@ -23,8 +24,9 @@ from subquad.train.optimizer import (
     optimizer_tensors,
 )
 from subquad.train.rng import rng_state, set_rng_state
-from subquad.train.run import RunDirectory, save_model_folder
+from subquad.train.run import RunDirectory
 from subquad.train.score import bits_per_byte, evaluate, token_losses
+from subquad.train.start import load_weights
 
 Record = dict[str, Any]
 
@@ -156,7 +158,7 @@ class Session:
 
     def _write(self, folder: Path) -> None:
         """A checkpoint is a Hugging Face folder with the rest of the training state beside it."""
-        save_model_folder(self.model, self.corpus.tokenizer, folder)
+        write_model(self.model, self.corpus.tokenizer, folder)
         save_file(optimizer_tensors(self.model, self.optimizer), folder / "optimizer.safetensors")
         state = {
             "step": self.step,
@@ -171,6 +173,8 @@ class Session:
         assert self.run is not None
         checkpoint.clean(self.run.checkpoints)
         path = checkpoint.newest_good(self.run.checkpoints, self._say)
+        if path is None and self.config.init_from is not None:
+            load_weights(self.model, self.config.init_from)
         if path is not None:
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
             if state["data"] != self.corpus.fingerprint:

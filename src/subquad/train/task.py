@@ -34,7 +34,7 @@ class TaskResult:
     history: records of kind "train" (step, loss, lr, grad_norm, seconds; losses are means over the
         steps since the record before) and "test" (step, value, accuracy, whole, loss).
     solved: the step of the first test that counts as solved, None if none does.
-    interrupted: by a signal.
+    stopped_by: the signal that ended it early, None if none did.
     cut: the time was over before the steps were done.
     """
 
@@ -43,8 +43,12 @@ class TaskResult:
     step: int
     seconds: float
     solved: int | None
-    interrupted: bool
+    stopped_by: int | None
     cut: bool = False
+
+    @property
+    def interrupted(self) -> bool:
+        return self.stopped_by is not None
 
 
 def train_task(
@@ -98,7 +102,8 @@ def train_task(
     solved = until_solved and run.solved is not None
     cut = not solved and run.step < config.steps and clock.part >= 1
     ended = run.step == config.steps or solved or cut
-    return TaskResult(run.model, run.history, run.step, run.seconds, run.solved, not ended, cut)
+    stopped_by = None if ended else stop.signal
+    return TaskResult(run.model, run.history, run.step, run.seconds, run.solved, stopped_by, cut)
 
 
 class _Clock:
