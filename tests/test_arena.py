@@ -29,6 +29,7 @@ from subquad.arena.drawing import byte_count, count, looks, smooth, spread
 from subquad.arena.equalise import count_parameters
 from subquad.arena.measure import decode_timings, heldout_windows
 from subquad.arena.records import Shape
+from subquad.arena.text.rates import BEST
 from subquad.arena.text.report import command_line
 from subquad.arena.text.results import RowResult, Training, difference
 from subquad.cli import app, parse
@@ -61,6 +62,7 @@ def config(text) -> ArenaConfig:
         contexts=(16, 64, 128),
         heldout_tokens=640,
         sample_tokens=12,
+        lr=2e-3,
         device="cpu",
     )
 
@@ -127,6 +129,24 @@ def test_of_several_learning_rates_each_row_is_shown_at_its_best(config, tmp_pat
     assert "--lr 1e-06,0.01,1e+30" in page
     assert run_arena(results.config, tmp_path) == results
     assert ArenaResults.from_json(json.loads(json.dumps(results.to_json()))) == results
+
+
+def test_each_row_of_the_demo_trains_at_its_own_best_rate_of_the_committed_sweep(config, tmp_path):
+    """The baseline like its rivals, at rates that are no end of the range that was tried."""
+    file = Path(__file__).parents[1] / "docs" / "results" / "demo-sweep.json"
+    rows = json.loads(file.read_text())["rows"]
+    assert {row: record["best"] for row, record in rows.items()} == BEST
+    assert set(BEST) == set(ArenaConfig().rows)
+    for row, record in rows.items():
+        ends = {float(rate): bits for rate, bits in record["bits_per_byte"].items()}
+        assert min(ends, key=ends.get) == BEST[row] and min(ends) < BEST[row] < max(ends)
+    asked = replace(config, lr=None, rows=("softmax_attention", "gla:num_heads=2", "deltanet"))
+    results = run_arena(replace(asked, steps=2, sample_tokens=2), tmp_path)
+    rates = {result.name: result.lr for result in results.rows}
+    assert rates == {"softmax_attention": 1e-3, "gla:num_heads=2": 2e-3, "deltanet": 2e-3}
+    page = write_report(results, tmp_path).read_text("utf-8")
+    assert "softmax_attention 0.001, gla:num_heads=2 0.002" in page and "--lr" not in page
+    assert run_arena(results.config, tmp_path) == results
 
 
 def test_a_row_whose_training_breaks_off_does_not_keep_the_others_from_theirs(

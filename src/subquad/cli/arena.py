@@ -37,7 +37,7 @@ def arena(
         typer.Option(
             help="Peak learning rate of every row. Of several (1e-3,3e-3; on text) each row is "
             "trained at each and shown at its best.",
-            show_default="0.002; the task's",
+            show_default="each row's own; the task's",
             metavar="<float,...>",
         ),
     ] = None,

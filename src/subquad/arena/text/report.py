@@ -90,6 +90,7 @@ def render_html(results: ArenaResults) -> str:
         decode_steps=DECODE_STEPS,
         details=_details(results),
         learning_rates=learning_rates(results),
+        one_rate=isinstance(config.lr, float),
         command=command_line(config, results.plan.steps),
     )
 
@@ -109,9 +110,12 @@ def command_line(config: ArenaConfig, steps: int) -> str:
 
 def learning_rates(results: ArenaResults) -> str:
     """Which each row was trained at, and where several were tried, how it did at each."""
-    rates = results.config.rates
-    if len(rates) == 1:
-        return f"{rates[0]} at its peak, for every row"
+    lr = results.config.lr
+    if lr is None:
+        own = ", ".join(f"{result.name} {result.lr}" for result in results.rows)
+        return f"{own}: each row's best of a sweep with a model of 1M parameters on this text"
+    if not isinstance(lr, tuple):
+        return f"{lr} at its peak, for every row"
     told = []
     for result in results.rows:
         ends = ", ".join(

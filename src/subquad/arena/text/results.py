@@ -8,6 +8,7 @@ from typing import Any
 
 from subquad.arena.entrants import Entrant, check_rows, labels
 from subquad.arena.records import DecodeTiming, Shape
+from subquad.arena.text.rates import swept_rate
 
 DEFAULT_ROWS = ("softmax_attention", "mamba", "mamba2", "gla", "gated_deltanet")
 
@@ -22,7 +23,8 @@ class ArenaConfig:
     minutes:    wall-clock budget for everything, from which one number of steps for all rows is
                 derived; ignored where `steps` is given.
     lr:         peak learning rate of every row; of several, each row is trained at each, and shown
-                at the one that ends its training best.
+                at the one that ends its training best. None: each row's own, of a sweep at the
+                demo's size (rates.py).
     contexts:   context lengths, in tokens, at which decoding is timed and the cache weighed.
     """
 
@@ -33,7 +35,7 @@ class ArenaConfig:
     minutes: float = 6.0
     seq_len: int = 256
     batch_size: int = 4
-    lr: float | tuple[float, ...] = 2e-3  # of 1, 2, 3 and 6e-3 no row is far from its best here
+    lr: float | tuple[float, ...] | None = None
     seed: int = 0
     contexts: tuple[int, ...] = (128, 2048, 16384)
     heldout_tokens: int = 65_536
@@ -51,10 +53,11 @@ class ArenaConfig:
         check_rows(self.rows)
         for name in ("parameters", "seq_len", "batch_size", "minutes"):
             _require_positive(name, getattr(self, name))
-        if not self.rates:
+        if self.lr == ():
             raise ValueError("lr must be a positive number or several, got none")
-        for rate in self.rates:
-            _require_positive("lr", rate)
+        for rate in self.lr if isinstance(self.lr, tuple) else (self.lr,):
+            if rate is not None:
+                _require_positive("lr", rate)
         if self.steps is not None:
             _require_positive("steps", self.steps)
         if not self.contexts or self.contexts[0] < 1:
@@ -62,10 +65,10 @@ class ArenaConfig:
         if not self.prompt:
             raise ValueError("prompt must not be empty: every row continues the same text")
 
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """The learning rates, from the smallest."""
-        return self.lr if isinstance(self.lr, tuple) else (self.lr,)
+    def rates(self, row: str) -> tuple[float, ...]:
+        """The learning rates of a row of the table, from the smallest."""
+        lr = swept_rate(row) if self.lr is None else self.lr
+        return lr if isinstance(lr, tuple) else (lr,)
 
     def entrants(self) -> list[Entrant]:
         """The rows, read."""
@@ -166,18 +169,23 @@ def difference(row: RowResult, best: RowResult) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is settled before any row is trained, so that a stopped run can go on with the same."""
+    """What is settled before any row is trained, so that a stopped run can go on with the same.
+
+    rates: the learning rates of each row, by label.
+    """
 
     config: ArenaConfig
     environment: dict[str, Any]  # versions, machine, threads, date
     steps: int
     shapes: dict[str, Shape]
     decode: dict[str, list[DecodeTiming]]
+    rates: dict[str, list[float]]
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "Plan":
+        config = ArenaConfig(**record["config"])
         return cls(
-            config=ArenaConfig(**record["config"]),
+            config=config,
             environment=record["environment"],
             steps=record["steps"],
             shapes={row: Shape(**shape) for row, shape in record["shapes"].items()},
@@ -185,7 +193,14 @@ class Plan:
                 row: [DecodeTiming(**timing) for timing in timings]
                 for row, timings in record["decode"].items()
             },
+            # Plans written before rows had rates of their own have those of the config.
+            rates=record.get("rates") or settled_rates(config),
         )
+
+
+def settled_rates(config: ArenaConfig) -> dict[str, list[float]]:
+    """The learning rates of each row, by label."""
+    return {entrant.label: list(config.rates(entrant.row)) for entrant in config.entrants()}
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from subquad.arena.text.results import (
     Plan,
     RowResult,
     Training,
+    settled_rates,
 )
 from subquad.files import write_json
 from subquad.generate import stream
@@ -103,10 +104,11 @@ def _make_plan(
         for entrant in config.entrants()
     }
     text = torch.from_numpy(corpus.heldout.ids[: max(config.contexts)].astype("int64"))
+    rates = settled_rates(config)
     decode, step_seconds, other_seconds = {}, 0.0, 0.0
     for row, shape in shapes.items():
         on_event({"kind": "measure", "row": row, "what": "training"})
-        settings = _train_config(config, shape, _CALIBRATION_STEPS, config.rates[0])
+        settings = _train_config(config, shape, _CALIBRATION_STEPS, rates[row][0])
         trained = train(settings, corpus=corpus)
         if trained.interrupted:
             raise Stopped(trained.stopped_by)
@@ -114,7 +116,7 @@ def _make_plan(
         # Timing the steps of a model does not need its final weights: they do not change the work.
         on_event({"kind": "measure", "row": row, "what": "decoding"})
         decode[row] = decode_timings(trained.model, text, config.contexts)
-        step_seconds += seconds * len(config.rates)
+        step_seconds += seconds * len(rates[row])
         # Scoring a token takes a third of training on it; a sample goes token by token.
         scoring = config.heldout_tokens / (config.batch_size * config.seq_len) * seconds / 3
         other_seconds += scoring + config.sample_tokens * decode[row][0].seconds_per_token
@@ -122,7 +124,7 @@ def _make_plan(
     if steps is None:
         left = config.minutes * 60 - (perf_counter() - began) - other_seconds
         steps = max(_LEAST_STEPS, int(left / step_seconds))
-    return Plan(config, describe_machine(config.device), steps, shapes, decode)
+    return Plan(config, describe_machine(config.device), steps, shapes, decode, rates)
 
 
 def _run_row(
@@ -155,7 +157,7 @@ def _train_row(
     row: str, plan: Plan, corpus: Corpus, folder: Path, on_event: Callable[[Record], None]
 ) -> tuple[TrainResult, list[Attempt]]:
     """The row at its best learning rate, and how it did at each where there are several."""
-    rates, attempts = plan.config.rates, []
+    rates, attempts = plan.rates[row], []
     best, least = None, math.inf
     for lr in rates:
         own = folder if len(rates) == 1 else folder / f"lr={lr}"
