@@ -7,10 +7,14 @@ sums stand in its SHA256SUMS, in the format of coreutils: `sha256sum -c SHA256SU
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+from subquad.errors import fail
+
 SUMS = "SHA256SUMS"
+_WINDOWS = os.name == "nt"
 _MOST_JSON = 1 << 24  # bytes of a JSON file that is a description, not data
 _MOST_NAMES = 1 << 20  # bytes of a list of sums
 
@@ -62,6 +66,22 @@ def check_regular(path: Path) -> None:
         raise Damaged(f"{path} is no regular file")
 
 
+def check_path(argument: str, path: Path) -> None:
+    """ValueError for a path that is not UTF-8, in which safetensors writes no file."""
+    try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise fail(argument, ascii(str(path)), "a path in UTF-8", "give another name") from None
+
+
+def remove(path: Path) -> None:
+    """Remove a folder and all that is in it, a file, a link, or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def sync_tree(folder: Path) -> None:
     """Force a flat folder, its files and the names in it, to the disk."""
     for file in folder.iterdir():
@@ -71,10 +91,9 @@ def sync_tree(folder: Path) -> None:
 
 def sync(path: Path) -> None:
     """fsync a file or a directory (of a directory: the names in it)."""
-    windows = os.name == "nt"
-    if windows and path.is_dir():
+    if _WINDOWS and path.is_dir():
         return  # Windows opens no directory, and keeps names in its journal
-    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if _WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -9,13 +9,14 @@ later (a flipped bit loads silently in every tool) is what the sums are for. Onl
 process may write to `root`; `subquad.train.run` holds the lock.
 """
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from subquad.files import Damaged, check_sums, sync, sync_tree, write_sums
+from subquad.files import Damaged, check_sums, remove, sync, sync_tree, write_sums
 
 _HIDDEN = ".unfinished-"
 
@@ -99,18 +100,13 @@ def newest_good(root: Path, say: Callable[[str], None]) -> Path | None:
 def clean(root: Path) -> None:
     """Remove what a killed process left half written or half deleted."""
     for leftover in root.glob(f"{_HIDDEN}*"):
-        if leftover.is_dir() and not leftover.is_symlink():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()
+        remove(leftover)
 
 
 def _remove(path: Path) -> None:
     """Remove a folder so that a kill half-way leaves nothing that looks like a checkpoint."""
-    if path.is_dir() and not path.is_symlink():
+    if os.path.lexists(path):
         doomed = path.with_name(f"{_HIDDEN}removed-{path.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove(doomed)
         path.rename(doomed)
-        shutil.rmtree(doomed)
-    else:
-        path.unlink(missing_ok=True)
+        remove(doomed)
