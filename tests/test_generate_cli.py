@@ -372,7 +372,7 @@ def test_errors_are_one_line(finished, text, tmp_path, subquad):
         "holds no text": ("train", tmp_path / "b", "--data", tmp_path / "empty.txt"),
         "name the run directory": ("train", "--resume"),
         "keeps its own settings": ("train", finished, "--resume", "--config", finished),
-        "lr was 0.003, now 1.0": ("train", finished, "--resume", "--lr", 1),
+        "seed was 0, now 1": ("train", finished, "--resume", "--seed", 1),
         "does not exist; expected a run": ("generate", tmp_path / "nowhere"),
         "temperature: got -1.0": ("generate", finished, "--temperature", -1),
         "device: got 'abacus'": ("generate", finished, "--device", "abacus"),

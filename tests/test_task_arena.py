@@ -144,8 +144,7 @@ def test_long_sequences_are_scored_in_the_memory_of_short_ones():
 
 @pytest.mark.slow
 def test_a_million_tokens_leave_the_process_as_small_as_it_was():
-    import resource
-
+    resource = pytest.importorskip("resource")
     task = tasks.get("induction_heads")
     model = model_of(task, "mamba2")
     score(model, task, [task.replace(length=1 << 14).sample(1)])

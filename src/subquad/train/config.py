@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,11 @@ from subquad.table import ROWS
 if TYPE_CHECKING:
     from subquad.models import SubquadConfig
 
-# Settings that a resumed run may change: they decide how long and how carefully, never what the
-# steps already taken were. (More `steps` stretches the cosine, and the run says so.)
-RESUMABLE = frozenset({"steps", "eval_every", "checkpoint_every", "keep", "device", "accumulate"})
+# What a resumed run may change, and says and records where it does: how long and how carefully it
+# trains, and the schedule of the steps to come. Not what decides the model or the order of the
+# data, with which it would be another run. (More `steps` stretches the cosine.)
+CHANGEABLE = frozenset({"steps", "eval_every", "checkpoint_every", "keep", "device", "accumulate"})
+CHANGEABLE |= {"lr", "min_lr_ratio", "warmup_steps", "weight_decay", "betas", "grad_clip"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +114,15 @@ class TrainConfig:
         except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
             raise ValueError(f"{file} is not a training config: {error}") from None
 
-    def differences(self, other: "TrainConfig") -> dict[str, tuple[Any, Any]]:
-        """Fields in which the two differ: name -> (self's value, other's)."""
-        mine, theirs = self.to_json(), other.to_json()
-        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+    def changes_since(self, before: "TrainConfig", where: str) -> dict[str, list[Any]]:
+        """Settings that differ: name -> [before, now]. ValueError for what no run may change."""
+        old, new = before.to_json(), self.to_json()
+        changes = {name: [old[name], new[name]] for name in new if old[name] != new[name]}
+        if refused := sorted(set(changes) - CHANGEABLE):
+            pairs = ((name, *changes[name]) for name in refused)
+            listed = ", ".join(f"{name} was {was!r}, now {now!r}" for name, was, now in pairs)
+            raise ValueError(f"resume: {where} began with other settings: {listed}")
+        return changes
 
 
 def _model_keywords(model: Any) -> dict[str, Any]:
@@ -148,16 +154,18 @@ def _integer(value: Any, least: int) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    return real and abs(value) < _TOO_LARGE
 
 
+_TOO_LARGE = 1e38  # in float32, in which weights are updated, this is next to infinity
 _Rule = tuple[Callable[[Any], bool], str]
 _COUNT: _Rule = (lambda v: _integer(v, 1), "an integer of at least 1")
 _NOT_NEGATIVE: _Rule = (lambda v: _number(v) and v >= 0, "a number of at least 0")
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("steps", "batch_size", "seq_len", "accumulate"), _COUNT),
     **dict.fromkeys(("eval_every", "eval_tokens", "checkpoint_every", "keep"), _COUNT),
-    "lr": (lambda v: _number(v) and v > 0, "a positive number"),
+    "lr": (lambda v: _number(v) and v > 0, "a positive number below 1e38"),
     "min_lr_ratio": (lambda v: _number(v) and 0 <= v <= 1, "a number from 0 to 1"),
     "warmup_steps": (lambda v: v is None or _integer(v, 0), "None or an integer of at least 0"),
     "weight_decay": _NOT_NEGATIVE,
@@ -170,7 +178,7 @@ _RULES: dict[str, _Rule] = {
     ),
     "seed": (lambda v: _integer(v, 0) and v < 2**63, "an integer from 0 to 2**63 - 1"),
     "precision": (lambda v: v in ("auto", "float32", "bf16"), "auto, float32 or bf16"),
-    "data": (lambda v: isinstance(v, str), "a string"),
+    "data": (lambda v: isinstance(v, str) and v != "", "a file, a folder or `stdlib`"),
     "device": (lambda v: isinstance(v, str), "a string"),
     **dict.fromkeys(
         ("tokenizer", "init_from"), (lambda v: v is None or isinstance(v, str), "None or a string")
