@@ -116,6 +116,76 @@ def test_a_batch_is_its_rows():
         generate_batch(model, prompts[0], max_new_tokens=1)
 
 
+@pytest.mark.parametrize("row", ["gated_deltanet", "softmax_attention"])
+def test_a_ragged_batch_is_its_prompts(row, monkeypatch):
+    model = tiny(row)
+    prompts = [list(b"a"), list(b"a longer prompt"), list(b"medium")]
+    expected = [take_after(model, prompt, 12) for prompt in prompts]
+    for piece in (2048, 4):  # some prompts begin in a later piece than others
+        monkeypatch.setattr("subquad.generate.decode._PREFILL", piece)
+        assert generate_batch(model, prompts, max_new_tokens=12).tolist() == expected
+    tensors = [torch.tensor(prompt) for prompt in prompts[:1]]
+    assert generate_batch(model, tensors, max_new_tokens=12).tolist() == expected[:1]
+
+
+def take_after(model, ids, count, **options):
+    return list(generate_tokens(model, ids, max_new_tokens=count, temperature=0, **options))
+
+
+def test_prompts_of_unequal_length_are_refused_for_other_models():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=259, n_embd=16, n_layer=1, n_head=1, n_positions=64)
+    other = GPT2LMHeadModel(config).eval()
+    with pytest.raises(
+        ValueError, match=r"^ids: got prompts of \[1, 2\] tokens; .* model.generate"
+    ):
+        generate_batch(other, [[1], [1, 2]], max_new_tokens=2)
+    assert generate_batch(other, [[1, 2], [3, 4]], max_new_tokens=2).shape == (2, 2)
+
+
+@pytest.mark.parametrize("row", ["gla", "softmax_attention"])
+def test_a_conversation_goes_on_with_its_cache(row, tmp_path):
+    """After every token the cache holds the prompt and all that was yielded, nothing more."""
+    model, cache = tiny(row), SubquadCache(1)
+    first, second = list(b"hello"), list(b"and then")
+    said = take_after(model, first, 7, past_key_values=cache)
+    assert said == take_after(model, first, 7)
+    assert cache.get_seq_length() == 5 + 7
+    cache.save(tmp_path / "cache.safetensors")
+    more = take_after(model, second, 6, past_key_values=cache)
+    whole = take_after(model, first + said + second, 6)
+    assert more == whole
+    loaded = SubquadCache.load(tmp_path / "cache.safetensors")
+    text = "".join(
+        stream(model, BYTES, "and then", max_new_tokens=6, temperature=0, past_key_values=loaded)
+    )
+    assert text == "".join(texts(whole))
+    stop = whole[2]
+    stopped = SubquadCache.load(tmp_path / "cache.safetensors")
+    kept = take_after(model, second, 6, past_key_values=stopped, stop_ids=(stop,))
+    assert kept == whole[: whole.index(stop)]
+    assert stopped.get_seq_length() == 12 + len(second) + len(kept)
+    with pytest.raises(ValueError, match=r"^ids: got an empty prompt"):
+        stream(model, BYTES, "", past_key_values=loaded)
+    with pytest.raises(ValueError, match=r"^past_key_values: got"):
+        take_after(model, second, 6, past_key_values=SubquadCache(2))
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-320, 5e-324, 1e-8])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_tiny_temperature_takes_the_likeliest(temperature, top_p):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 259, generator=generator) * 1e4
+    logits[:, 3] = -torch.inf
+    tokens = draw(logits, temperature=temperature, top_p=top_p, generator=generator)
+    assert torch.equal(tokens, logits.argmax(-1))
+    assert take(tiny("gla"), 9, temperature=temperature, top_p=top_p, seed=0) == take(
+        tiny("gla"), 9, temperature=0
+    )
+
+
 def test_tokens_are_waited_for_on_their_own_gpu(monkeypatch):
     """Whichever is the current one: its stream knows nothing of the copy."""
     waits = []
@@ -163,6 +233,12 @@ def test_draw_temperature_and_nucleus():
         ({"max_new_tokens": -1}, "max_new_tokens"),
         ({"max_new_tokens": 1.5}, "max_new_tokens"),
         ({"temperature": -0.5}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"ids": [[1, 2], [3]]}, "ids"),
+        ({"ids": [1.5]}, "ids"),
+        ({"ids": torch.ones(2, 3, dtype=torch.int64)}, "ids"),
+        ({"max_new_tokens": True}, "max_new_tokens"),
         ({"top_p": 1.5}, "top_p"),
     ],
 )
