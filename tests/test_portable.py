@@ -13,7 +13,7 @@ PACKAGE = Path(files.__file__).parent
 ROOMS = ("cli", "arena", "train", "generate", "tasks")
 PYTHON = [
     *(file for room in ROOMS for file in sorted((PACKAGE / room).rglob("*.py"))),
-    *(PACKAGE / name for name in ("files.py", "models/folder.py", "models/cache.py")),
+    *(PACKAGE / name for name in ("files.py", "models/folder.py", "models/cache_file.py")),
 ]
 UNIX = {"fcntl", "resource", "termios", "pwd", "grp", "tty", "pty"}
 ABSENT = {"SIGHUP", "SIGKILL", "SIGUSR1", "SIGPIPE", "geteuid", "fork", "sysconf", "getuid"}
