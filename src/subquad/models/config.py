@@ -15,7 +15,6 @@ from subquad.errors import fail
 from subquad.mixers import MIXERS
 from subquad.models.tokenizer import BOS, EOS, PAD, VOCAB_SIZE
 
-
 _MOST_LAYERS = 1 << 16
 
 

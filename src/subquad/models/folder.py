@@ -149,12 +149,18 @@ def check_model(folder: Path, cls: type[PreTrainedModel], config: object = None)
         got = f"{folder}, a model of type {written.get('model_type')!r}"
         fix = "load it with transformers' AutoModelForCausalLM"
         raise fail("path", got, f"a model of type {MODEL_TYPE!r}", fix)
+    if written.get("transformers_weights"):  # of which transformers would read instead
+        raise Damaged(
+            f"{folder} is damaged: its config has transformers_weights, another file's name"
+        )
     if (folder / SUMS).exists():
         check_sums(folder)
     else:
         _log.warning("note: %s has no %s, so a damaged file would go unnoticed", folder, SUMS)
     if (folder / "generation_config.json").exists():
         read_json(folder / "generation_config.json")
+    if written.get("quantization_config"):  # whose tensors are the quantiser's affair
+        return
     held = _held_shapes(folder)
     layers = {match[1] for match in map(_LAYER.match, held) if match}
     if config is None and written.get("num_hidden_layers") != len(layers):
@@ -195,7 +201,7 @@ def _weights(folder: Path) -> list[Path]:
         raise Damaged(f"{folder / _INDEX} is damaged: it has no weight_map")
     files = set(names.values())
     for name in files:
-        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+        if not (isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name)):
             raise Damaged(f"{folder / _INDEX} is damaged: {name!r} is no name of a file beside it")
     return [folder / name for name in sorted(files)]
 
