@@ -12,6 +12,8 @@ Names are imported when first used, so `import subquad` costs no more than `impo
 import importlib
 from typing import Any
 
+from subquad import auto
+
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it. A submodule stands for itself.
@@ -35,6 +37,9 @@ _EXPORTS = {
 _SUBMODULES = ("engines", "ssm", "mixers", "models", "tasks", "train", "generate", "arena")
 
 __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
+
+
+auto.register()
 
 
 def __getattr__(name: str) -> Any:
