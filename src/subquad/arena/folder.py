@@ -1,9 +1,8 @@
 """An arena's directory: begun once, continued only by the same question on the same machine."""
 
-import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 import transformers
 
 from subquad import __version__
+from subquad.files import Damaged, check_path, read_json
 from subquad.models.device import pick_device
 
 
@@ -23,15 +23,30 @@ class Stopped(KeyboardInterrupt):
         self.signal = number
 
 
-def begun(out: Path) -> dict[str, Any] | None:
-    """What plan.json of an earlier call says, or None; ValueError if `out` holds something else."""
-    file = out / "plan.json"
-    if file.exists():
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return record
+def is_begun(out: Path) -> bool:
+    """Whether an earlier call has left its plan; ValueError if `out` holds something else."""
+    check_path("out", out)
+    if (out / "plan.json").exists():
+        return True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} is not empty and no arena; give another directory")
-    return None
+    return False
+
+
+def read_back(file: Path, read: Callable[[dict[str, Any]], Any]) -> Any:
+    """What `read` makes of a record that an earlier call has written; None if there is none.
+
+    ValueError, naming the file, if it is not what was written.
+    """
+    if not file.exists():
+        return None
+    try:
+        return read(read_json(file, most=1 << 30))
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise Damaged(
+            f"{file} is damaged: {what}; without it, what it is about runs again"
+        ) from None
 
 
 def refuse_changes(

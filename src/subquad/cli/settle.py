@@ -6,8 +6,8 @@ from typing import Any
 from subquad.cli import parse
 from subquad.errors import choose, fail
 from subquad.models import SubquadConfig
+from subquad.train.build import check_tokenizer, model_at
 from subquad.train.config import TrainConfig
-from subquad.train.start import check_tokenizer, model_at
 
 _FIELDS = tuple(SubquadConfig.__annotations__)
 

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from subquad.models.device import pick_device
-from subquad.train.build import build_model
+from subquad.train.build import build_model, load_weights
 from subquad.train.config import TrainConfig
 from subquad.train.data import Corpus, load_corpus
 from subquad.train.run import RunDirectory
 from subquad.train.session import Record, Session
 from subquad.train.signals import stop_on_signals
-from subquad.train.start import load_weights
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from subquad.files import read_json
 from subquad.models.folder import write_model
 from subquad.train import checkpoint
-from subquad.train.build import autocast_dtype
+from subquad.train.build import autocast_dtype, load_weights
 from subquad.train.captured import Captured
 from subquad.train.config import TrainConfig
 from subquad.train.data import Batches, Corpus
@@ -28,7 +28,6 @@ from subquad.train.optimizer import (
 from subquad.train.rng import rng_state, set_rng_state
 from subquad.train.run import RunDirectory
 from subquad.train.score import bits_per_byte, evaluate, token_losses
-from subquad.train.start import load_weights
 
 Record = dict[str, Any]
 

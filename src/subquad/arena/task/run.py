@@ -1,7 +1,8 @@
 """The arena on a task: plan, then train and test row after row, so that stopping loses little.
 
 DIR/plan.json            what was asked and settled
-DIR/ROW/result.json      all about the row, once it is finished
+DIR/ROW/result.json      all about the row, once it is finished; until then
+DIR/ROW/unfinished/      what its training goes on from
 DIR/results.json         everything in one file
 DIR/report.html          everything on one page
 """
@@ -19,7 +20,7 @@ import torch
 
 from subquad.arena.entrants import Entrant
 from subquad.arena.equalise import count_shape, equal_shape, narrow_options
-from subquad.arena.folder import Stopped, begun, describe_machine, refuse_changes
+from subquad.arena.folder import Stopped, describe_machine, is_begun, read_back, refuse_changes
 from subquad.arena.records import Shape
 from subquad.arena.task.results import (
     Outcome,
@@ -28,7 +29,7 @@ from subquad.arena.task.results import (
     TaskPlan,
     TaskRowResult,
 )
-from subquad.files import write_json
+from subquad.files import remove, write_json
 from subquad.table import ROWS
 from subquad.tasks import Recipe, Task
 from subquad.tasks.model import TaskModel
@@ -47,8 +48,8 @@ def run_task_arena(
 ) -> TaskArenaResults:
     """Train and test every row of `config`; continue what an earlier call left in `out`.
 
-    Ctrl-C gives up the row in training or testing and returns what is finished; the same call goes
-    on with that row from its beginning.
+    Ctrl-C keeps the row in training and returns what is finished; the same call goes on from
+    there, also after a kill, which costs a minute of training at most.
 
     Args:
         config: the question.
@@ -68,14 +69,16 @@ def run_task_arena(
     finished, stopped_by = [], None
     for entrant in config.entrants():
         result = _read_row(out / entrant.folder) if out else None
+        kept = out / entrant.folder / "unfinished" if out else None
         if result is None:
             try:
-                result = _run_row(entrant, plan, on_event)
+                result = _run_row(entrant, plan, kept, on_event)
             except KeyboardInterrupt as stopped:  # in training, `train_task` itself stops
                 stopped_by = getattr(stopped, "signal", signal.SIGINT)
                 break
-            if out:
+            if out and kept:
                 write_json(out / entrant.folder / "result.json", asdict(result))
+                remove(kept)
         finished.append(result)
         on_event({"kind": "row", "row": entrant.label, "result": result})
     return TaskArenaResults(plan, finished, stopped_by)
@@ -114,14 +117,16 @@ def _shape(entrant: Entrant, recipe: Recipe, vocab_size: int) -> Shape:
     return count_shape(entrant.row, model, vocab_size)
 
 
-def _run_row(entrant: Entrant, plan: TaskPlan, on_event: Callable[[Record], None]) -> TaskRowResult:
-    """Train and test one row. KeyboardInterrupt if it was stopped on the way."""
+def _run_row(
+    entrant: Entrant, plan: TaskPlan, kept: Path | None, on_event: Callable[[Record], None]
+) -> TaskRowResult:
+    """Train and test one row. KeyboardInterrupt if it was stopped on the way, and is kept."""
     config, shape, task = plan.config, plan.shapes[entrant.label], plan.config.build()
     settings = train_config(config, plan.recipe, shape)
-    history: list[Record] = []
+    heard: list[Record] = []  # what there is of a training that breaks off
 
     def listen(record: Record) -> None:
-        history.append(record)
+        heard.append(record)
         on_event({**record, "row": entrant.label})
 
     trained, failure = None, ""
@@ -132,12 +137,14 @@ def _run_row(entrant: Entrant, plan: TaskPlan, on_event: Callable[[Record], None
             sequences=config.test_sequences,
             until_solved=config.until_solved,
             seconds=config.seconds,
+            keep=kept,
             on_event=listen,
         )
     except TrainingError as error:  # one row that diverges is a result, too
         failure = str(error)
     if trained is not None and trained.interrupted:
         raise Stopped(trained.stopped_by)
+    history = trained.history if trained else [r for r in heard if r["kind"] != "message"]
     losses = [r for r in history if r["kind"] == "train"]
     values = [r for r in history if r["kind"] == "test"]
     return TaskRowResult(
@@ -238,10 +245,9 @@ def state_bytes(model: TaskModel, task: Task) -> int:
 
 
 def _read_plan(config: TaskArenaConfig, out: Path) -> TaskPlan | None:
-    record = begun(out)
-    if record is None:
+    if not is_begun(out):
         return None
-    plan = TaskPlan.from_json(record)
+    plan: TaskPlan = read_back(out / "plan.json", TaskPlan.from_json)
     then_asked, asked = _asked(plan.config, plan.recipe), _asked(config, config.recipe())
     finished = all((out / e.folder / "result.json").exists() for e in config.entrants())
     here = plan.environment if finished else describe_machine(config.device)
@@ -262,7 +268,5 @@ def _asked(config: TaskArenaConfig, recipe: Recipe) -> Record:
 
 
 def _read_row(folder: Path) -> TaskRowResult | None:
-    file = folder / "result.json"
-    if not file.exists():
-        return None
-    return TaskRowResult.from_json(json.loads(file.read_text(encoding="utf-8")))
+    result: TaskRowResult | None = read_back(folder / "result.json", TaskRowResult.from_json)
+    return result

@@ -10,7 +10,6 @@ What lies where:
     DIR/report.html      everything on one page
 """
 
-import json
 import math
 import signal
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 
 from subquad.arena.equalise import equal_shape
-from subquad.arena.folder import Stopped, begun, describe_machine, refuse_changes
+from subquad.arena.folder import Stopped, describe_machine, is_begun, read_back, refuse_changes
 from subquad.arena.measure import decode_timings, heldout_windows
 from subquad.arena.records import Shape
 from subquad.arena.text.results import (
@@ -218,10 +217,9 @@ def _step_seconds(trained: TrainResult) -> list[float]:
 
 def _read_plan(config: ArenaConfig, out: Path) -> Plan | None:
     """The plan of an earlier call in `out`, or None; ValueError if it was another arena's."""
-    record = begun(out)
-    if record is None:
+    if not is_begun(out):
         return None
-    plan = Plan.from_json(record)
+    plan: Plan = read_back(out / "plan.json", Plan.from_json)
     unfinished = not all((out / e.folder / "result.json").exists() for e in config.entrants())
     here = describe_machine(config.device) if unfinished else plan.environment
     refuse_changes(out, asdict(plan.config), asdict(config), plan.environment, here)
@@ -229,7 +227,5 @@ def _read_plan(config: ArenaConfig, out: Path) -> Plan | None:
 
 
 def _read_row(folder: Path) -> RowResult | None:
-    file = folder / "result.json"
-    if not file.exists():
-        return None
-    return RowResult.from_json(json.loads(file.read_text(encoding="utf-8")))
+    result: RowResult | None = read_back(folder / "result.json", RowResult.from_json)
+    return result
