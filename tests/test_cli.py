@@ -22,7 +22,7 @@ from subquad.cli import app, main
 from subquad.cli.complete import complete_row, complete_rows
 from subquad.cli.rows_body import explain_command, table_command
 from subquad.cli.settle import settle
-from subquad.cli.terminal import Lasting, command, printable
+from subquad.cli.terminal import Lasting, command, printable, say, sidelines
 from subquad.errors import nearest, pick
 from subquad.mixers import MIXERS
 from subquad.table import ROWS
@@ -380,6 +380,22 @@ def test_a_stream_that_nobody_reads_goes_silent():
     for _ in range(3):
         console.print("still here")
     assert stream.writes
+
+
+def test_a_stream_that_the_shell_has_closed_is_none(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    say(sidelines(), "to nobody")
+
+
+def test_a_diverged_run_says_how_to_go_on(text, tmp_path, subquad):
+    size = ("--hidden-size", 16, "--layers", 1, "--seq-len", 16, "--steps", 30, "--data", text)
+    wild = ("--lr", 3e30, "--set", "warmup_steps=0", "--set", "grad_clip=0", "--eval-every", 100)
+    status, _, errors = subquad("train", tmp_path / "run 1", *size, *wild)
+    again = command("subquad", "train", tmp_path / "run 1", "--resume", "--lr", "1e+30")
+    assert status == 1 and "the loss is" in errors and again in errors
+    tame = ("--lr", 1e-3, "--set", "grad_clip=1")
+    status, _, said = subquad("train", tmp_path / "run 1", "--resume", *tame)
+    assert status == 0, said  # from the start, as there is no checkpoint yet
 
 
 def test_a_lost_reader_of_stderr_costs_no_training(text, tmp_path):

@@ -45,6 +45,22 @@ def test_windows_syncs_files_and_no_directories(tmp_path, monkeypatch):
     assert opened == [("a", os.O_RDWR)]  # which fsync needs there
 
 
+def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """A power cut after the rename would leave an empty file otherwise."""
+    done = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(
+            os, name, lambda *a, real=real, name=name: (done.append(name), real(*a))
+        )
+    files.write_json(tmp_path / "results.json", {"a": 1})
+    assert done[:2] == ["fsync", "replace"]
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
+    with pytest.raises(ValueError):
+        files.write_json(tmp_path / "results.json", {"a": float("nan")})
+    assert files.read_json(tmp_path / "results.json") == {"a": 1}
+
+
 def test_a_lock_is_taken_once(tmp_path):
     held = take_lock(tmp_path / ".lock")
     with pytest.raises(OSError):

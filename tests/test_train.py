@@ -401,7 +401,7 @@ def test_the_schedule_may_change_on_resume_and_that_is_said_and_recorded(config,
 
 def test_a_diverged_run_goes_on_at_a_smaller_rate(config, tmp_path):
     wild = dataclasses.replace(config, lr=1e30, warmup_steps=2, grad_clip=0.0, checkpoint_every=1)
-    with pytest.raises(TrainingError, match="also on resuming"):
+    with pytest.raises(TrainingError, match="also when resuming"):
         train(wild, tmp_path / "run")
     tame = dataclasses.replace(wild, lr=1e-3, grad_clip=1.0)
     if not list((tmp_path / "run" / "checkpoints").glob("step-*")):

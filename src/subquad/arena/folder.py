@@ -94,7 +94,7 @@ def describe_machine(device_name: str) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The CPU's name; Linux tells it in a file only."""
+    """The CPU's name, which on Linux is in a file only."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)

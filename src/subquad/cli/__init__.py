@@ -31,7 +31,7 @@ Each command has examples of its own: [cyan]subquad train --help[/cyan].
 
 
 def main() -> None:
-    """Run the command line. What the user can mend is said in one line; a traceback is a bug."""
+    """Run the command line. What the user can fix is one line; a traceback is a bug."""
     try:
         app()
     except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:

@@ -11,11 +11,11 @@ def watch_compiler(on_compile: Callable[[], None]) -> Iterator[None]:
     from numba.core import event
 
     class Listener(event.Listener):
-        told = False
+        noted = False
 
         def on_start(self, event: Any) -> None:
-            if not self.told:
-                self.told = True
+            if not self.noted:
+                self.noted = True
                 on_compile()
 
         def on_end(self, event: Any) -> None:

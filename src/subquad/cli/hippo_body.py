@@ -40,7 +40,7 @@ def hippo_command(
         raise fail("size", size, "at least 1", "--size 64")
     if measure != "legs" and window is None:
         window = max(1, len(f) // 4)
-    story = tell(HiPPO(measure, size, window), f, method)
+    story = read(HiPPO(measure, size, window), f, method)
     console = screen()
     show(story, signal, console)
 
@@ -51,7 +51,7 @@ def hippo_command(
     show_path(console, "Drawing", out)
 
 
-def tell(memory: HiPPO, f: Tensor, method: str) -> Story:
+def read(memory: HiPPO, f: Tensor, method: str) -> Story:
     """Read f once, and look back after each quarter of it."""
     T = len(f)
     quarters = sorted({max(1, T * k // 4) for k in (1, 2, 3, 4)})

@@ -36,15 +36,15 @@ def list_tasks_command(as_json: bool, task: str | None = None) -> None:
 def _page(listed: list[dict[str, Any]], wide: bool) -> Table:
     page = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     page.add_column("task", no_wrap=True)
-    for column in ("measures", "solved by", "from") if wide else ("what it is",):
-        page.add_column(column, overflow="fold")
+    for head in ("measures", "solved by", "from") if wide else ("what it is",):
+        page.add_column(head, overflow="fold")
     for facts in listed:
-        said = [facts["measures"], facts["solved_by"], facts["from"]]
+        columns = [facts["measures"], facts["solved_by"], facts["from"]]
         if wide:
-            page.add_row(facts["task"], *map(Text, said))
+            page.add_row(facts["task"], *map(Text, columns))
         else:
-            below = f"\nsolved by: {said[1]}\nfrom: {said[2]}"
-            page.add_row(facts["task"], Text.assemble(said[0], (below, "dim")))
+            below = f"\nsolved by: {columns[1]}\nfrom: {columns[2]}"
+            page.add_row(facts["task"], Text.assemble(columns[0], (below, "dim")))
     return page
 
 

@@ -63,8 +63,9 @@ def sidelines() -> Console:
     return _console(sys.stderr)
 
 
-def _console(stream: TextIO) -> Console:
-    lasting: Any = Lasting(stream)
+def _console(stream: TextIO | None) -> Console:
+    """Python has no stream where the shell closed it."""
+    lasting: Any = Lasting(stream or open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     return Console(file=lasting, markup=False, highlight=False, emoji=False)
 
 

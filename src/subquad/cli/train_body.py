@@ -5,12 +5,13 @@ from typing import Any
 
 from subquad.cli.compiling import watch_compiler
 from subquad.cli.settle import row_name, settle
-from subquad.cli.terminal import say, show_command, show_path, sidelines
+from subquad.cli.terminal import command, say, show_command, show_path, sidelines
 from subquad.errors import fail
 from subquad.table import ROWS
 from subquad.train.config import TrainConfig
 from subquad.train.loop import train
 from subquad.train.progress import show_progress
+from subquad.train.session import TrainingError
 
 
 def train_command(
@@ -43,7 +44,11 @@ def train_command(
         show_progress(title, console) as on_event,
         watch_compiler(lambda: on_event({"kind": "compiling"})),
     ):
-        result = train(config, run_dir, resume=resume, on_event=on_event)
+        try:
+            result = train(config, run_dir, resume=resume, on_event=on_event)
+        except TrainingError as error:
+            again = command("subquad", "train", run_dir, "--resume", "--lr", f"{config.lr / 3:.2g}")
+            raise TrainingError(f"{error}: {again}") from error
     if result.stopped_by is not None:
         say(console, f"stopped and saved after step {result.step}; to continue:")
         show_command(console, "subquad", "train", run_dir, "--resume")
@@ -56,7 +61,7 @@ def train_command(
 
 
 def _check_name(run_dir: Path, config: TrainConfig, chosen: bool) -> None:
-    """Refuse a run that is named after a row which it does not train, or not because of its name.
+    """Refuse a new run that has a row's name and trains another, or has it where a row was meant.
 
     `subquad train mamba` would train the default row, into ./mamba.
     """

@@ -69,7 +69,7 @@ def generate_tokens(
     Args:
         past_key_values: the cache of what was read before, which `ids` continue. It is moved on in
             place: whenever a token has been yielded, it holds the prompt and all tokens up to that
-            one, so that a conversation goes on with the same cache.
+            one, so that a conversation can continue with the same cache.
 
     Raises ValueError: an empty prompt, max_new_tokens < 0, temperature < 0 or infinite, top_p
     outside [0, 1]; on the CPU also for a model whose logits are no numbers.

@@ -163,7 +163,7 @@ class Task(ABC):
             step += 1
 
     def tests(self) -> dict[str, Task]:
-        """The variants on which a trained model is judged, by what is told of them: other lengths,
+        """The variants on which a trained model is judged, by their names: other lengths,
         other kinds of questions. The first has the settings of training."""
         return {"as trained": self}
 

@@ -26,7 +26,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             try:
                 records.append(_checked(json.loads(line)))
             except (ValueError, RecursionError) as error:
-                fix = "Fix: delete the file; the run continues without what it told"
+                fix = "Fix: delete the file; the run continues without that history"
                 raise ValueError(f"{path}, line {number} is damaged: {error}. {fix}.") from None
     return records
 

@@ -135,7 +135,7 @@ class RunDirectory:
         sync(self.path)
 
     def withdraw_model(self) -> None:
-        """Remove RUN/model, which is no longer the newest once training goes on."""
+        """Remove RUN/model, which is no longer the newest once training continues."""
         remove(self.model)
 
     def __enter__(self) -> "RunDirectory":

@@ -33,7 +33,7 @@ Record = dict[str, Any]
 
 
 class TrainingError(RuntimeError):
-    """Training cannot sensibly go on, as when the loss is not a number."""
+    """Training cannot sensibly continue, as when the loss is not a number."""
 
 
 class Session:
@@ -77,7 +77,7 @@ class Session:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
                 f"step {self.step + 1}: the loss is {loss} and the gradient's norm {norm}; "
-                f"a smaller lr than {config.lr} or a longer warmup may help, also on resuming"
+                f"a smaller lr than {config.lr} or a longer warmup may help, also when resuming"
             )
         for parameter, gradient in zip(self.model.parameters(), gradients):
             parameter.grad = gradient

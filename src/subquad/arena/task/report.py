@@ -146,8 +146,8 @@ def findings(results: TaskArenaResults) -> list[str]:
     if others:
         sentences.append(f"Not solved in {results.plan.recipe.steps:,} steps: {', '.join(others)}.")
     if cut:
-        told = (f"{label} (step {step:,})" for label, step in cut.items())
-        sentences.append(f"Cut off by the clock, not solved: {', '.join(told)}.")
+        steps = (f"{label} (step {step:,})" for label, step in cut.items())
+        sentences.append(f"Cut off by the clock, not solved: {', '.join(steps)}.")
     for row in results.rows:
         run = [test for test in row.tests if test.value is not None]
         if row.label not in solved or len({test.positions for test in run}) < 2:

@@ -2,7 +2,7 @@
 
 DIR/plan.json            what was asked and settled
 DIR/ROW/result.json      all about the row, once it is finished; until then
-DIR/ROW/unfinished/      what its training goes on from
+DIR/ROW/unfinished/      what its training continues from
 DIR/results.json         everything in one file
 DIR/report.html          everything on one page
 """
@@ -48,13 +48,13 @@ def run_task_arena(
 ) -> TaskArenaResults:
     """Train and test every row of `config`; continue what an earlier call left in `out`.
 
-    Ctrl-C keeps the row in training and returns what is finished; the same call goes on from
+    Ctrl-C keeps the row in training and returns what is finished; the same call continues from
     there, also after a kill, which costs a minute of training at most.
 
     Args:
         config: the question.
         out: a directory, made if need be; None writes nothing.
-        on_event: told {"kind": "plan" | "row" | "measure", ...} and, with a "row" added, every
+        on_event: called with {"kind": "plan" | "row" | "measure", ...} and, "row" added, with every
             record of `train_task`.
 
     Raises:
@@ -123,10 +123,11 @@ def _run_row(
     """Train and test one row. KeyboardInterrupt if it was stopped on the way, and is kept."""
     config, shape, task = plan.config, plan.shapes[entrant.label], plan.config.build()
     settings = train_config(config, plan.recipe, shape)
-    heard: list[Record] = []  # what there is of a training that breaks off
+    history: list[Record] = []  # of a training that breaks off, too
 
     def listen(record: Record) -> None:
-        heard.append(record)
+        if record["kind"] != "message":
+            history.append(record)
         on_event({**record, "row": entrant.label})
 
     trained, failure = None, ""
@@ -144,7 +145,8 @@ def _run_row(
         failure = str(error)
     if trained is not None and trained.interrupted:
         raise Stopped(trained.stopped_by)
-    history = trained.history if trained else [r for r in heard if r["kind"] != "message"]
+    if trained is not None:  # what was recorded before it was resumed included
+        history = trained.history
     losses = [r for r in history if r["kind"] == "train"]
     values = [r for r in history if r["kind"] == "test"]
     return TaskRowResult(
@@ -258,7 +260,7 @@ def _read_plan(config: TaskArenaConfig, out: Path) -> TaskPlan | None:
 def _asked(config: TaskArenaConfig, recipe: Recipe) -> Record:
     """The question as JSON has it, and what the recipe says of settings that were left to it.
 
-    The machine tells which device was meant: `auto` and `cuda` may be the same.
+    The machine shows which device was meant: `auto` and `cuda` may be the same.
     """
     left = {
         f"recipe's {n}": v for n, v in asdict(recipe).items() if getattr(config, n, None) is None

@@ -116,16 +116,16 @@ def learning_rates(results: ArenaResults) -> str:
         return f"{own}: each row's best of a sweep with a model of 1M parameters on this text"
     if not isinstance(lr, tuple):
         return f"{lr} at its peak, for every row"
-    told = []
+    found = []
     for result in results.rows:
         ends = ", ".join(
             f"{a.lr}: {'broke off' if a.bits_per_byte is None else f'{a.bits_per_byte:.3f}'}"
             for a in result.attempts
         )
-        told.append(f"{result.name} {result.lr} ({ends})")
+        found.append(f"{result.name} {result.lr} ({ends})")
     return (
         "each row's best of several, by bits per byte over the last tenth of its training: "
-        + "; ".join(told)
+        + "; ".join(found)
     )
 
 

@@ -127,7 +127,7 @@ class RowResult:
 
     @property
     def name(self) -> str:
-        """What tells this entrant from the others: `gla`, or `gla:num_heads=4`."""
+        """What distinguishes this entrant from the others: `gla`, or `gla:num_heads=4`."""
         return self.label or self.row
 
     @property
@@ -169,7 +169,7 @@ def difference(row: RowResult, best: RowResult) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is settled before any row is trained, so that a stopped run can go on with the same.
+    """What is settled before any row is trained, so that a stopped run can continue with the same.
 
     rates: the learning rates of each row, by label.
     """

@@ -52,12 +52,12 @@ def run_arena(
     """Train and measure every row of `config`; continue what an earlier call left in `out`.
 
     Ctrl-C saves a checkpoint of the row in training and returns what is finished; the same call
-    goes on from there. Rows already finished are read back, not trained again.
+    continues from there. Rows already finished are read back, not trained again.
 
     Args:
         config: the question.
         out: a directory, made if need be.
-        on_event: told {"kind": "measure" | "plan" | "row", ...} and, with a "row" added, every
+        on_event: called with {"kind": "measure" | "plan" | "row", ...} and, "row" added, with every
             record of `subquad.train`.
 
     Raises:

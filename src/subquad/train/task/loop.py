@@ -70,7 +70,7 @@ def train_task(
         seconds: of wall clock, after which training ends with a last test. The learning rate then
             falls by the clock wherever that is further on than the steps.
         keep: a folder in which the training is kept every minute, when a signal stops it, and at
-            its end; the same call goes on from there, on the CPU bit for bit. The caller removes
+            its end; the same call continues from there, on the CPU bit for bit. The caller removes
             it once it has the result.
         on_event: called with every record of the history, and with kind "message".
 

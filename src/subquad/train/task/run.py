@@ -30,7 +30,7 @@ class Clock:
 
     @property
     def passed(self) -> float:
-        """Seconds; of a training that goes on, those of before included."""
+        """Seconds; of a resumed training, those of before included."""
         return time.monotonic() - self.began
 
     @passed.setter
