@@ -92,6 +92,14 @@ def test_what_is_saved_loads_with_its_sums_and_leaves_nothing_beside(folder, cap
     assert "note" not in capfd.readouterr().err
 
 
+def test_a_model_is_saved_where_one_is(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    build().save_pretrained(".")
+    assert same(SubquadForCausalLM.from_pretrained(pretrained_model_name_or_path="."), build())
+    assert [p.name for p in tmp_path.iterdir()] == ["here"]
+
+
 def test_saving_again_replaces_ours_and_keeps_what_is_others(folder):
     (folder / "README.md").write_text("mine")
     model = build(num_hidden_layers=2)

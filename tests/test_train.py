@@ -581,6 +581,7 @@ def test_config_goes_to_json_and_back(config, tmp_path):
         TrainConfig.from_json({"stpes": 3})
     with pytest.raises(ValueError, match="no training run"):
         TrainConfig.load(tmp_path)
-    (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(ValueError, match="not a training config"):
-        TrainConfig.load(tmp_path)
+    for content in ("[1]", "{", '{"train": 3}', '{"steps": [[' + "[" * 10**5):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match="not a training config"):
+            TrainConfig.load(tmp_path)

@@ -33,6 +33,8 @@ def hippo_command(
     if signal in signals.MADE:
         f = signals.make(signal, length)
     else:
+        if Path(signal).exists() and not Path(signal).is_file():  # a pipe or a device has no end
+            raise fail("signal", repr(signal), "a file of numbers", "save them to a file")
         f = signals.read(Path(signal), column)
     if out.suffix.lower() != ".png":
         raise fail("out", repr(str(out)), "a file ending in .png", "--out hippo.png")

@@ -51,6 +51,7 @@ def save_whole(folder: Path, write: Callable[[Path], None]) -> None:
     Where `folder` exists its other files stay. A kill before the last of ours has replaced its
     forerunner leaves sums that do not hold, so nobody takes the mixture for a model.
     """
+    folder = folder.absolute()  # "." has no name
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
     shutil.rmtree(scratch, ignore_errors=True)

@@ -48,13 +48,16 @@ class SubquadPreTrainedModel(PreTrainedModel):
         return False
 
     @classmethod
-    def from_pretrained(cls, path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         """As transformers', but a local folder is checked first, and pickles are never loaded.
 
         Raises:
             ValueError: naming the file or the tensor that is missing or is not as it was saved, or
                 the family of a folder that is not ours.
         """
+        path = pretrained_model_name_or_path
         folder = Path(path or "", kwargs.get("subfolder", ""))
         others = ("gguf_file", "variant", "state_dict", "ignore_mismatched_sizes")
         plain = path is not None and not any(kwargs.get(name) for name in others)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from subquad.errors import pick
+from subquad.files import Damaged, read_json
 from subquad.table import ROWS
 
 if TYPE_CHECKING:
@@ -107,11 +108,11 @@ class TrainConfig:
         """Read a run directory's (or a file's) config. ValueError if it is not one."""
         file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = read_json(file)
             return cls.from_json(values.get("train", values))
         except FileNotFoundError:
             raise ValueError(f"{file} does not exist, so {path} is no training run") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
+        except (Damaged, AttributeError, TypeError) as error:
             raise ValueError(f"{file} is not a training config: {error}") from None
 
     def changes_since(self, before: "TrainConfig", where: str) -> dict[str, list[Any]]:
