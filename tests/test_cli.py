@@ -163,8 +163,17 @@ def test_arena_bars_show_every_number_at_80_columns():
     shown = file.getvalue()
     for number in ("12.30 bits/byte  123k tok/s", "12.345 held-out bits per byte", "1,006,272"):
         assert number in shown, number
-    assert all(row in shown.replace("\n", " ") and short(row) in shown for row in rows)
+    assert all(row in shown and short(row) in shown for row in rows)
     assert "[/x] gave up" in shown
+
+
+def test_what_is_said_is_wrapped_between_words():
+    file = StringIO()
+    path = "/" + "p" * 100
+    say(Console(file=file, width=NARROW), f"{'a word ' * 30}{path} and [/x] {'more ' * 20}")
+    lines = file.getvalue().splitlines()
+    assert path in lines and max(len(line) for line in lines if line != path) <= NARROW
+    assert words(file.getvalue()) == {"a", "word", path, "and", "[/x]", "more"}
 
 
 # ---- names

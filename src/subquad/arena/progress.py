@@ -38,7 +38,7 @@ class RowBars:
 
     def say(self, text: str) -> None:
         """A line of its own, wrapped between words."""
-        self.console.print(Text(text), overflow="ignore", crop=False)
+        self.console.print(Text(text))
 
     def show_shapes(self, shapes: Mapping[str, Shape], steps: int) -> None:
         """Preparing is over: print the models and begin a bar for each."""
@@ -48,7 +48,7 @@ class RowBars:
         for row, shape in shapes.items():
             line = Text(f"  {row:{longest}} {shape.parameters:>11,}  ")
             line.append(shape.description, style="dim")
-            self.console.print(line, overflow="ignore", crop=False)
+            self.console.print(line)
             self.tasks[row] = self.progress.add_task(short(row), total=steps, note="", left="")
 
     def move(self, row: str, step: int, note: str, steps: int) -> None:

@@ -71,7 +71,14 @@ def _console(stream: TextIO | None) -> Console:
 
 def say(console: Console, text: str, style: str | None = None) -> None:
     """Print text, wrapped between words."""
-    console.print(text, style=style, overflow="ignore", crop=False)
+    line = wrapped(text, console.width)
+    console.print(line, style=style, soft_wrap=True, markup=False, highlight=False)
+
+
+def wrapped(text: str, width: int) -> str:
+    """Every line of a text as lines of this width; a word that is longer stays whole."""
+    wrapper = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(wrapper.fill(line) for line in text.split("\n"))
 
 
 def printable(text: str) -> str:
@@ -100,6 +107,5 @@ def print_error(text: str) -> None:
     """One line in a log; on a terminal as many as its width asks for."""
     line = f"error: {' '.join(text.split())}"
     if sys.stderr.isatty():
-        width = shutil.get_terminal_size().columns
-        line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+        line = wrapped(line, shutil.get_terminal_size().columns)
     print(line, file=sys.stderr)

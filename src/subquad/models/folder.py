@@ -111,7 +111,8 @@ def model_folders(path: Path) -> list[Path]:
     inside = sorted(p for p in (*path.glob("*"), *path.glob("*/*")) if any(_of_run(p)))
     if inside:
         names = ", ".join(str(p.relative_to(path)) for p in inside)
-        raise fail("path", f"{path}, an arena's folder", f"a model inside: {names}", f"{inside[0]}")
+        got, fix = f"{path}, which holds no model itself", f"give one of them, such as {inside[0]}"
+        raise fail("path", got, f"a model inside: {names}", fix)
     raise ValueError(f"{path} holds no model yet; expected a run directory or a model folder")
 
 

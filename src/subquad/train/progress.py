@@ -125,7 +125,7 @@ class _Lines:
 
 def _print(console: Console, text: str) -> None:
     """Text as it is, wrapped between words on a terminal, and not at all in a log."""
-    console.print(Text(text), soft_wrap=not console.is_terminal, overflow="ignore", crop=False)
+    console.print(Text(text), soft_wrap=not console.is_terminal)
 
 
 def _start_text(title: str, record: Record) -> str:
