@@ -33,12 +33,14 @@ from subquad.arena.text.rates import BEST
 from subquad.arena.text.report import command_line
 from subquad.arena.text.results import RowResult, Training, difference
 from subquad.cli import app, parse
-from subquad.cli.arena_body import arena_command, show
+from subquad.cli.arena_body import arena_command, show, task_command
 from subquad.cli.terminal import screen
 from subquad.mixers import MIXERS
 from subquad.models import SubquadConfig, SubquadForCausalLM
 from subquad.table import ROWS as ROWS_OF_THE_TABLE
 from subquad.train import TrainConfig, TrainingError, evaluate, load_corpus, train
+from subquad.train.session import Session
+from subquad.train.task.run import TaskRun
 
 ROWS = ("softmax_attention", "gla")
 
@@ -281,6 +283,30 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_call_goes_on(finished, config, t
         assert result.heldout_bits == expected.heldout_bits
         assert result.training.bits_per_byte == expected.training.bits_per_byte
         assert result.sample == expected.sample
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("on_task", [False, True])
+def test_the_signal_that_stops_an_arena_is_its_exit_status(
+    config, tmp_path, monkeypatch, capsys, name, on_task
+):
+    number = getattr(signal, name)
+    step = (TaskRun if on_task else Session).train_step
+
+    def step_and_signal(self, *args):
+        step(self, *args)
+        if on_task or self.run is not None:  # not while calibrating
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(TaskRun if on_task else Session, "train_step", step_and_signal)
+    if on_task:
+        given = {"task": "copying", "rows": "gla", "steps": 5, "batch_size": 2, "device": "cpu"}
+        status = task_command(tmp_path / "a", given, ["memory=2", "pause=4"])
+    else:
+        given = {**vars(config), "rows": "gla", "parameters": "60k", "lr": "0.002"}
+        status = arena_command(tmp_path / "a", given)
+    assert status == 128 + number
+    assert "Stopped before: gla. The same command continues." in capsys.readouterr().out
 
 
 def test_another_arena_in_the_same_place_is_refused(finished, text, tmp_path):

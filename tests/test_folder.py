@@ -147,6 +147,14 @@ def test_a_folder_without_sums_loads_with_a_note(unsummed, caplog):
     assert f"note: {unsummed} has no {SUMS}" in caplog.text
 
 
+def test_who_changes_a_config_on_purpose_is_told_how(folder):
+    edit(folder / "config.json", residual_in_fp32=False)
+    with pytest.raises(Damaged, match=r"config\.json is damaged: .*changed on purpose, delete "):
+        SubquadForCausalLM.from_pretrained(folder)
+    (folder / SUMS).unlink()
+    assert not SubquadForCausalLM.from_pretrained(folder).config.residual_in_fp32
+
+
 def test_the_tokenizer_of_a_run_is_summed_too(run):
     listed = {line[66:] for line in (run / "model" / SUMS).read_text().splitlines()}
     assert {"tokenizer.json", "tokenizer_config.json", "model.safetensors"} <= listed

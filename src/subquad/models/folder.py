@@ -156,7 +156,12 @@ def check_model(folder: Path, cls: type[PreTrainedModel], config: object = None)
             f"{folder} is damaged: its config has transformers_weights, another file's name"
         )
     if (folder / SUMS).exists():
-        check_sums(folder)
+        try:
+            check_sums(folder)
+        except Damaged as error:
+            raise Damaged(
+                f"{error}; if it was changed on purpose, delete {folder / SUMS}"
+            ) from None
     else:
         _log.warning("note: %s has no %s, so a damaged file would go unnoticed", folder, SUMS)
     if (folder / "generation_config.json").exists():

@@ -53,6 +53,8 @@ class SubquadPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """As transformers', but a local folder is checked first, and pickles are never loaded.
 
+        With `ignore_mismatched_sizes=True` it is not: what fits is loaded, the rest drawn.
+
         Raises:
             ValueError: naming the file or the tensor that is missing or is not as it was saved, or
                 the family of a folder that is not ours.
