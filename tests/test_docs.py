@@ -322,7 +322,7 @@ def _first_sentence(module: Path) -> str:
     text = ast.get_docstring(ast.parse(module.read_text("utf-8")))
     assert text, f"{module} says nowhere what it is for"
     paragraph = " ".join(text.split("\n\n")[0].split())
-    return re.split(r"(?<=[a-z0-9)`])\. ", paragraph)[0].rstrip(".")
+    return re.split(r"(?<=[a-z0-9)`])(?<!\bal)\. ", paragraph)[0].rstrip(".")
 
 
 def demo() -> str:

@@ -1,4 +1,4 @@
-"""What modules are like, to see between two tokens whether that has changed."""
+"""A fingerprint of modules: whether anything about them has changed between two tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What mixes channels beside a mixer."""
+"""The MLP beside a mixer, which mixes channels."""
 
 from torch import Tensor, nn
 

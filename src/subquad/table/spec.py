@@ -58,7 +58,7 @@ class Recurrence:
             an SSM or a long convolution), "attention", "nonlinear".
         decay: one of `DECAYS`.
         erase: "none", "delta" or "low_rank" (matrix engine only).
-        read: "plain" S^T q; "normalised", divided by the same read of the summed keys (an extra
+        read_out: "plain" S^T q; "normalised", divided by the same read of the summed keys (an extra
             column of ones in v, a state [K,V+1]); "bonus", before the write, the current token
             weighted by u; "own", the row's published read-out (see the row).
 

@@ -182,7 +182,7 @@ _BARE = vars(nn.Module()).keys()
 
 
 def _has_plain_settings(module: nn.Module) -> bool:
-    """A list that fills as the module is called, for instance, would be the same at each look."""
+    """A list that fills as the module is called, for instance, would be the same at each check."""
     return all(is_value(x) for name, x in vars(module).items() if name not in _BARE)
 
 
