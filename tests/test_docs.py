@@ -26,7 +26,9 @@ from types import CodeType
 
 import pytest
 import torch
+import yaml
 
+import subquad
 from subquad.arena.scaling.report import exponent_text
 from subquad.arena.scaling.results import QUANTITIES, Exponent
 from subquad.mixers import MIXERS
@@ -126,6 +128,12 @@ def test_the_site_links_arxiv_ids_in_docstrings_too() -> None:
     assert hooks.on_page_content("<p>(arXiv:2405.21060)</p>") == f"<p>({link})</p>"
     for kept in (link, "<pre><code>arXiv:2405.21060</code></pre>"):
         assert hooks.on_page_content(kept) == kept
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == subquad.__version__
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
 
 
 def formulas(page: Path) -> list[str]:
