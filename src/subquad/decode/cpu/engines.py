@@ -15,6 +15,8 @@ from torch import Tensor
 from subquad.decode.cpu.operations import OPERATIONS, Recorder, Untraceable
 from subquad.engines.convolution.api import short_convolution
 from subquad.engines.matrix import api
+from subquad.engines.matrix.call import Call
+from subquad.engines.matrix.plan import make_plan
 from subquad.engines.matrix.reference import Erase, parts
 from subquad.engines.norm.api import gated_rms_norm, l2_norm, rms_norm, skipped_gated_rms_norm
 from subquad.engines.projection.api import linear
@@ -136,17 +138,16 @@ def _linear_recurrence(
 
     if state is None or cu_seqlens is not None:
         raise Untraceable("a recurrence from no state")
-    given = (q, k, v, log_decay, erase, bonus, scale, state, cu_seqlens, form, impl)
-    explanation = api.explain(*given)  # and looks at all shapes
+    call = Call.checked(q, k, v, log_decay, erase, bonus, scale, state, cu_seqlens)
+    explanation = api.explanation_of(call, make_plan(call, form, impl))
     if (explanation.form, explanation.impl) != ("recurrent", "numba"):
         raise Untraceable(f"a recurrence: {explanation.form}, impl={explanation.impl!r}")
     r.told.append(explanation)
     o, new = r.new(v.shape), r.new(state.shape)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
     beta, a, b = (_flat(r, x) for x in parts(erase))
     log_decay, bonus = _flat(r, log_decay), _flat(r, bonus)
     q, k, v, state = r.flat(q), r.flat(k), r.flat(v), r.flat(state)
-    kernels.record(r.tape, q, k, v, log_decay, beta, a, b, bonus, scale, state, o, new)
+    kernels.record(r.tape, q, k, v, log_decay, beta, a, b, bonus, call.scale, state, o, new)
     return o, new
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subquad.engines.matrix.kind import LAYOUT, decay_kind, is_layout
 from subquad.engines.matrix.reference import Delta, Erase, LowRank, parts
 from subquad.engines.runtime.validation import (
     check_cu_seqlens,
@@ -23,7 +24,7 @@ _NUMBERS = (int, float)  # not a union: torch.compile before 2.7 cannot see thro
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments as they came; `linear_recurrence` says what they are."""
+    """The arguments together; `linear_recurrence` says what they are. Make one by `checked`."""
 
     q: Tensor  # [B,T,Hk,K]
     k: Tensor  # [B,T,Hk,K]
@@ -31,9 +32,32 @@ class Call:
     log_decay: Tensor | None  # [H], [H,K], [B,T,H] or [B,T,H,K]
     erase: Erase
     bonus: Tensor | None  # [H,K]
-    scale: float | None
+    scale: float  # of the read
     state: Tensor | None  # [N,H,K,V], N = B unless packed
     cu_seqlens: Tensor | None  # [N+1]
+
+    @staticmethod
+    def checked(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        erase: Erase,
+        bonus: Tensor | None,
+        scale: float | None,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> Call:
+        """Of arguments as they came. ValueError where they do not fit each other."""
+        if scale is not None and not (isinstance(scale, _NUMBERS) and math.isfinite(scale)):
+            raise fail("scale", repr(scale), "a finite number, or None for K**-0.5", "pass a float")
+        check_tensor("q", q, 4, "[B,T,Hk,K]")
+        scale = q.shape[3] ** -0.5 if scale is None and q.shape[3] else float(scale or 0.0)
+        call = Call(q, k, v, log_decay, erase, bonus, scale, state, cu_seqlens)
+        call._check_sequences()
+        call._check_gates()
+        call._check_state()
+        return call
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -55,23 +79,8 @@ class Call:
         """Of the state, and of the arithmetic outside the reference."""
         return torch.float64 if self.v.dtype == torch.float64 else torch.float32
 
-    @property
-    def factor(self) -> float:
-        """Of the read: `scale`, K^-1/2 by default."""
-        return self.q.shape[3] ** -0.5 if self.scale is None else float(self.scale)
-
-    def check(self) -> None:
-        """Raise ValueError for arguments that do not fit each other."""
-        self._check_sequences()
-        self._check_gates()
-        scale = self.scale
-        if scale is not None and not (isinstance(scale, _NUMBERS) and math.isfinite(scale)):
-            raise fail("scale", repr(scale), "a finite number, or None for K**-0.5", "pass a float")
-        self._check_state()
-
     def _check_sequences(self) -> None:
         q, k, v = self.q, self.k, self.v
-        check_tensor("q", q, 4, "[B,T,Hk,K]")
         check_tensor("k", k, 4, "[B,T,Hk,K]", q)
         check_tensor("v", v, 4, "[B,T,H,V]", q)
         for name, x in (("q", q), ("v", v)):
@@ -90,13 +99,17 @@ class Call:
         q, log_decay, erase, bonus = self.q, self.log_decay, self.erase, self.bonus
         (B, T, _, K), H = q.shape, self.v.shape[2]
         if log_decay is not None:
-            shapes = {1: (H,), 2: (H, K), 3: (B, T, H), 4: (B, T, H, K)}
-            layout = "[H], [H,K], [B,T,H] or [B,T,H,K]"
-            if isinstance(log_decay, Tensor) and log_decay.ndim not in shapes:
-                raise fail("log_decay", f"shape {tuple(log_decay.shape)}", layout, "reshape it")
-            ndim = log_decay.ndim if isinstance(log_decay, Tensor) else 4
-            check_tensor("log_decay", log_decay, ndim, layout, q)
-            check_shape("log_decay", log_decay, shapes[ndim], layout)
+            shapes: dict[str, tuple[int, ...]] = {
+                "fixed_head": (H,),
+                "fixed_key": (H, K),
+                "token_head": (B, T, H),
+                "token_key": (B, T, H, K),
+            }
+            if isinstance(log_decay, Tensor) and not is_layout(log_decay):
+                raise fail("log_decay", f"shape {tuple(log_decay.shape)}", LAYOUT, "reshape it")
+            shape = shapes[decay_kind(log_decay)] if isinstance(log_decay, Tensor) else ()
+            check_tensor("log_decay", log_decay, len(shape), LAYOUT, q)
+            check_shape("log_decay", log_decay, shape, LAYOUT)
         if isinstance(erase, Delta):
             check_tensor("erase.beta", erase.beta, 3, "[B,T,H]", q)
             check_shape("erase.beta", erase.beta, (B, T, H), "[B,T,H]")
@@ -123,14 +136,11 @@ class Call:
             check_state(state, self.state_shape, layout, self.dtype, q)
 
 
-_DECAYS = {1: "fixed_head", 2: "fixed_key", 3: "token_head", 4: "token_key"}
-
-
 def recurrence_of(call: Call) -> Recurrence:
     """The kind of recurrence that these arguments make."""
     erase = "delta" if isinstance(call.erase, Delta) else "low_rank"
     return Recurrence(
-        decay="none" if call.log_decay is None else _DECAYS[call.log_decay.ndim],
+        decay=decay_kind(call.log_decay),
         erase="none" if call.erase is None else erase,
         read_out="plain" if call.bonus is None else "bonus",
     )

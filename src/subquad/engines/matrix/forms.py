@@ -28,6 +28,7 @@ from torch import Tensor
 
 from subquad.engines.matrix.decay import Decay, HeadDecay, KeyDecay, NoDecay, shared_matmul
 from subquad.engines.matrix.grid import Grid
+from subquad.engines.matrix.kind import is_fixed, is_per_key
 from subquad.engines.matrix.reference import Delta, Erase, LowRank
 
 CHUNKS_AT_ONCE = 64  # bounds the memory of a long sequence where no gradient is kept
@@ -162,11 +163,8 @@ def _cut_decay(log_decay: Tensor | None, grid: Grid, Hk: int) -> Tensor | None:
     """Any decay -> [B|1,Hk,G,N|1,C,D], D = 1 for a number a head, K for a number a key channel."""
     if log_decay is None:
         return None
-    if log_decay.ndim % 2:  # [H], [B,T,H]: a number a head
-        log_decay = log_decay.unsqueeze(-1)
-    if log_decay.ndim == 2:
-        return grid.cut_fixed(log_decay, Hk)
-    return grid.cut(log_decay, Hk).contiguous()
+    g = log_decay if is_per_key(log_decay) else log_decay.unsqueeze(-1)
+    return grid.cut_fixed(g, Hk) if is_fixed(log_decay) else grid.cut(g, Hk).contiguous()
 
 
 def _decay(g: Tensor) -> Decay:

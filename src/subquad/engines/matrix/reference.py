@@ -14,6 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from subquad.engines.matrix.kind import is_fixed, is_per_key
+
 
 @dataclass(frozen=True)
 class Delta:
@@ -118,13 +120,8 @@ def decay_at(log_decay: Tensor | None, t: int) -> Tensor | None:
     """The decay of token t, one number a head ([..., 1]) or a key channel ([..., K])."""
     if log_decay is None:
         return None
-    if log_decay.ndim == 1:  # [H] -> [H,1]
-        return log_decay[:, None]
-    if log_decay.ndim == 2:  # [H,K]
-        return log_decay
-    if log_decay.ndim == 3:  # [B,T,H] -> [B,H,1]
-        return log_decay[:, t, :, None]
-    return log_decay[:, t]  # [B,T,H,K] -> [B,H,K]
+    d = log_decay if is_fixed(log_decay) else log_decay[:, t]  # [H], [H,K], [B,H] or [B,H,K]
+    return d if is_per_key(log_decay) else d.unsqueeze(-1)
 
 
 def _loop_packed(
@@ -147,7 +144,7 @@ def _loop_packed(
             part = Delta(erase.beta[:, cut])
         elif isinstance(erase, LowRank):
             part = LowRank(erase.a[:, cut], erase.b[:, cut])
-        fixed = log_decay is None or log_decay.ndim < 3
+        fixed = log_decay is None or is_fixed(log_decay)
         g = log_decay if fixed else log_decay[:, cut]  # type: ignore[index]
         o, final = loop(q[:, cut], k[:, cut], v[:, cut], g, part, bonus, state[n : n + 1], None)
         outputs.append(o)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from subquad.engines.matrix import forms
+from subquad.engines.matrix.kind import is_per_key
 from subquad.engines.matrix.reference import Delta, Erase, LowRank
 from subquad.engines.runtime.derivatives import recorded_gradients, will_be_differentiated
 from subquad.engines.runtime.eager import can_call_operators
@@ -48,7 +49,7 @@ def chunked(
     """`forms.chunked` for what `why_not` allows, in float32; q as it came, not scaled."""
     beta = erase.beta if isinstance(erase, Delta) else None
     if log_decay is not None:
-        channels = () if log_decay.ndim % 2 else q.shape[3:]
+        channels = q.shape[3:] if is_per_key(log_decay) else ()
         log_decay = log_decay.expand(*v.shape[:3], *channels)
     inputs = (q, k, v, log_decay, beta, state)
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from subquad.backend.cpu.compile import SLICE, address, at, exp, jit, over_channels
 from subquad.backend.cpu.tape import Tape, integers, kernel, real
+from subquad.engines.matrix.kind import is_per_key
 
 SILENT = np.float32(1e-30)  # a state this small is zero: denormal numbers are slow
 
@@ -157,5 +158,5 @@ def _rates(log_decay: Tensor | None, K: int) -> tuple[int, int]:
     """The rows and the width of a decay: by head or by row of the state, one number or K."""
     if log_decay is None:
         return 0, 1
-    width = 1 if log_decay.ndim % 2 else K
+    width = K if is_per_key(log_decay) else 1
     return log_decay.numel() // width, width
