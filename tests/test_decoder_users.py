@@ -471,7 +471,7 @@ def test_an_interrupted_trace_is_made_again(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(decoder, "Look", interrupt)
+        patch.setattr(decoder, "Fingerprint", interrupt)
         decode(model)
     norm.eps = was
     assert torch.equal(decode(model), want)

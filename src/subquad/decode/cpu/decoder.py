@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from subquad.decode.cpu.operations import Untraceable
 from subquad.decode.cpu.recording import Recording
 from subquad.decode.cpu.trace import Trace
-from subquad.decode.fingerprint import Look, is_value
+from subquad.decode.fingerprint import Fingerprint, has_plain_settings
 from subquad.engines.runtime.eager import can_call_compiled_code
 from subquad.layers.norms import RMSNorm, normed
 from subquad.layers.projection import is_every_module_watched, is_watched
@@ -36,7 +36,7 @@ class Decoder:
     """
 
     def __init__(self) -> None:
-        self._look: Look | None = None
+        self._fingerprint: Fingerprint | None = None
         self._pieces: list[_Piece] = []
         self._lock = threading.Lock()  # a trace has room for one token
 
@@ -57,11 +57,11 @@ class Decoder:
         if not self._lock.acquire(blocking=False):
             return None
         try:
-            if self._look is None or self._look.changed(blocks, norm):
-                self._look = None  # should this be interrupted
+            if self._fingerprint is None or self._fingerprint.changed(blocks, norm):
+                self._fingerprint = None  # should this be interrupted
                 self._pieces = list(_pieces([*blocks], norm, x, known))
                 traced = [m for p in self._pieces if p.trace is not None for m in p.modules]
-                self._look = Look(traced, blocks, norm)
+                self._fingerprint = Fingerprint(traced, blocks, norm)
             states: list[State] = []
             for piece in self._pieces:
                 x, new = piece.run(x, known[len(states) : len(states) + len(piece.blocks)])
@@ -174,16 +174,8 @@ def _can_trace(root: nn.Module) -> bool:
         all(is_traceable(m) or isinstance(m, Mixer) for m in modules)
         and not any(map(is_watched, modules))
         and all(type(p) is nn.Parameter and p.is_contiguous() for p in root.parameters())
-        and all(map(_has_plain_settings, modules))
+        and all(map(has_plain_settings, modules))
     )
-
-
-_BARE = vars(nn.Module()).keys()
-
-
-def _has_plain_settings(module: nn.Module) -> bool:
-    """A list that fills as the module is called, for instance, would be the same at each look."""
-    return all(is_value(x) for name, x in vars(module).items() if name not in _BARE)
 
 
 @contextmanager

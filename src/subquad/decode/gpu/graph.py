@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from subquad.decode.fingerprint import shown
+from subquad.decode.fingerprint import Fingerprint, runs_hooks
 from subquad.engines.runtime.eager import is_plain
 from subquad.engines.runtime.overwrite import overwriting_states
 from subquad.mixers.base import State
@@ -93,7 +93,7 @@ def _goes_on(graph: StepGraph, model: Any, tokens: Tensor, states: list[State], 
 
     held: these are the graph's own states.
     """
-    return graph.serves(tokens, None if held else states) and (held or graph.shown == shown(model))
+    return graph.serves(tokens, None if held else states) and (held or graph.computes(model))
 
 
 class StepGraph:
@@ -101,11 +101,14 @@ class StepGraph:
 
     Attributes:
         states: by layer, where the graph reads and writes them.
-        shown: what its modules were like when it was captured.
+        fingerprint: of its modules when it was captured.
     """
 
     def __init__(self, model: Any, tokens: Tensor, states: list[State]) -> None:
-        self.settings, self.shown = _settings(tokens), shown(model)
+        self.settings, self.fingerprint = (
+            _settings(tokens),
+            Fingerprint([model], model, outer=model),
+        )
         self.weights = [(weakref.ref(p), p.data_ptr()) for p in model.parameters()]
         with torch.inference_mode(False), torch.no_grad():
             self.tokens = tokens.clone()
@@ -152,6 +155,10 @@ class StepGraph:
             and (states is None or _shapes(self.states) == _shapes(states))
             and all((p := w()) is not None and p.data_ptr() == at for w, at in self.weights)
         )
+
+    def computes(self, model: Any) -> bool:
+        """Whether it still does what the model does."""
+        return not runs_hooks(model) and not self.fingerprint.changed(model)
 
     def holds(self, states: list[State]) -> bool:
         """Whether these are its own."""
@@ -216,14 +223,13 @@ class _Shelf:
             return self._lend(model, tokens, states)
 
     def _lend(self, model: Any, tokens: Tensor, states: list[State]) -> Lease | None:
-        looks = shown(model)
-        if looks is None:
+        if runs_hooks(model):
             return None
         parameters = {id(p) for p in model.parameters()}
         for graph in list(self.idle):
             if {id(w()) for w, _ in graph.weights} != parameters:
                 self.take(graph)  # of weights that were replaced
-            elif graph.shown == looks and graph.serves(tokens, states) and self.take(graph):
+            elif graph.computes(model) and graph.serves(tokens, states) and self.take(graph):
                 return Lease(graph, self)
         if any(p.device != tokens.device for p in model.parameters()):
             return None
