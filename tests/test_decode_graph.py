@@ -71,7 +71,7 @@ def test_a_row_of_somebody_elses_keeps_the_states_it_was_given():
     model = build()
     model.model.layers[1].mixer.__class__ = type("Theirs", (GatedDeltaNet,), {})
     states = [{"recurrent": torch.zeros(1)}, {"recurrent": torch.zeros(1)}]
-    (ours,) = graphs_module._of_our_rows(model, states)
+    (ours,) = graphs_module._writable(model, states)
     assert ours is states[0]["recurrent"]
 
 
@@ -352,7 +352,7 @@ class Captured(graphs_module.StepGraph):
     def __init__(self):
         self.tokens, self.logits = torch.zeros(1, 1), torch.zeros(1, 1, 3)
         self.states = [{"recurrent": torch.zeros(2), "conv": torch.zeros(3)}]
-        self.flat, self.ours = graphs_module._flat(self.states), []
+        self.flat, self.writable = graphs_module._flat(self.states), []
 
 
 @torch.no_grad()
@@ -452,7 +452,7 @@ class Repeated(graphs_module.StepGraph):
         self.weights = [(weakref.ref(p), p.data_ptr()) for p in model.parameters()]
         self.tokens = tokens.clone()
         self.states = [{n: t.clone() for n, t in state.items()} for state in states]
-        self.flat, self.ours = graphs_module._flat(self.states), []
+        self.flat, self.writable = graphs_module._flat(self.states), []
         self.model = weakref.ref(model)
         self.made.append(self)
 

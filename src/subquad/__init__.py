@@ -27,6 +27,7 @@ _EXPORTS = {
     "short_convolution": "subquad.engines",
     "ROWS": "subquad.table",
     "Row": "subquad.table",
+    "fast_paths": "subquad.backend.fast_paths",
     "SubquadCache": "subquad.models",
     "SubquadConfig": "subquad.models",
     "SubquadForCausalLM": "subquad.models",

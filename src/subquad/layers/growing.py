@@ -13,6 +13,7 @@ comes second finds none and copies.
 import torch
 from torch import Tensor
 
+from subquad.backend.fast_paths import are_fast_paths_on
 from subquad.engines.runtime.eager import is_plain
 from subquad.engines.runtime.overrides import overridable
 
@@ -26,7 +27,7 @@ def append(slots: Tensor, new: Tensor) -> Tensor:
     Where a gradient is recorded, something watches every operation, or the two differ in more than
     S and T, it is `torch.cat`, which promotes dtypes and refuses the rest.
     """
-    if not is_plain((slots, new)) or not _alike(slots, new):
+    if not are_fast_paths_on() or not is_plain((slots, new)) or not _alike(slots, new):
         return torch.cat((slots, new), dim=1)
     S, total = slots.shape[1], slots.shape[1] + new.shape[1]
     rights: dict[int, Tensor] = getattr(slots, "_room", {})

@@ -44,6 +44,7 @@ class SoftmaxAttention(Mixer):
 
     row = "softmax_attention"
     state_names = ("keys", "values", "length")
+    writes_state_in_place = True
     window: int | None = None
 
     def __init__(
@@ -156,6 +157,7 @@ class SlidingWindowAttention(SoftmaxAttention):
     """
 
     row = "sliding_window_attention"
+    writes_state_in_place = True
 
     def __init__(self, hidden_size: int, *, window: int = 256, **options: object) -> None:
         check_positive_integers(window=window)

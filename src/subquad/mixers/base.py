@@ -28,6 +28,7 @@ class Mixer(nn.Module, ABC):
     state_names: ClassVar[tuple[str, ...]]
     has_channel_mixing: ClassVar[bool] = False
     shrunk_by_depth: ClassVar[tuple[str, ...]] = ()
+    writes_state_in_place: ClassVar[bool] = False
 
     def __init__(self, hidden_size: int, **sizes: object) -> None:
         """`sizes`: options that must be positive integers, by name; None stands for a default."""

@@ -42,6 +42,7 @@ class LinearAttention(Mixer):
 
     row = "linear_attention"
     state_names = ("recurrent",)
+    writes_state_in_place = True
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from subquad.backend.fast_paths import are_fast_paths_on
 from subquad.decode.cpu.operations import Untraceable
 from subquad.decode.cpu.recording import Recording
 from subquad.decode.cpu.trace import Trace
@@ -47,6 +48,8 @@ class Decoder:
         self, blocks: nn.ModuleList, norm: RMSNorm, x: Tensor, past: Sequence[State | None]
     ) -> tuple[Tensor, list[State]] | None:
         """x [1,1,hidden] after all blocks and the norm, and their states; None where it cannot."""
+        if not are_fast_paths_on():
+            return None
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.shape[:2] != (1, 1):
             return None
         if torch.is_autocast_enabled("cpu") or not can_call_compiled_code((x,)):

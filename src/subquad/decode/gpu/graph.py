@@ -15,13 +15,14 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from operator import is_
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from subquad.backend.fast_paths import are_fast_paths_on
+from subquad.backend.gpu.capture import capture, side_stream
 from subquad.decode.fingerprint import Fingerprint, runs_hooks
 from subquad.engines.runtime.eager import is_plain
 from subquad.engines.runtime.overwrite import overwriting_states
@@ -81,7 +82,13 @@ def replay(model: Any, tokens: Tensor, cache: Cache) -> Tensor | None:
 def _decodes(model: Any, tokens: Tensor, cache: Cache) -> bool:
     """Whether it is a step to replay. Not where a mode would see each of its operations."""
     one = tokens.is_cuda and tokens.shape[1:] == (1,)
-    if not one or model.training or torch.is_grad_enabled() or not is_plain((tokens,)):
+    if (
+        not one
+        or not are_fast_paths_on()
+        or model.training
+        or torch.is_grad_enabled()
+        or not is_plain((tokens,))
+    ):
         return False
     if torch.cuda.is_current_stream_capturing():
         return False
@@ -114,9 +121,9 @@ class StepGraph:
             self.tokens = tokens.clone()
             self.states = [{n: t.clone() for n, t in state.items()} for state in states]
             self.flat = _flat(self.states)
-            self.ours = _of_our_rows(model, self.states)
+            self.writable = _writable(model, self.states)
             self.done = torch.cuda.Event()  # with the last replayed step
-            side, here = _side_stream(tokens.device), torch.cuda.current_stream(tokens.device)
+            side, here = side_stream(tokens.device), torch.cuda.current_stream(tokens.device)
             side.wait_stream(here)
             try:
                 with torch.cuda.stream(side):  # compile and choose kernels before the capture
@@ -124,14 +131,10 @@ class StepGraph:
                     self._step(model)
             finally:  # if a step failed, its buffers are given back while `side` may still run
                 here.wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            captured = torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local")
-            # Where a capture's end fails, torch leaves `side` current: `here` again in any case.
-            with torch.cuda.stream(here), captured:
-                self.logits = self._step(model)
+            self.graph, self.logits = capture(lambda: self._step(model), side, here)
 
     def _step(self, model: Any) -> Tensor:
-        with overwriting_states(self.ours), _casting_anew():
+        with overwriting_states(self.writable), _casting_anew():
             logits, states = model.step(self.tokens, self.states)
         mine = {t.untyped_storage().data_ptr() for t in self.flat}
         moves = []
@@ -271,22 +274,17 @@ _LOCK = threading.Lock()
 _SHELVES: weakref.WeakKeyDictionary[Any, _Shelf] = weakref.WeakKeyDictionary()
 
 
-@lru_cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: each stream that multiplies matrices gets a workspace that stays."""
-    return torch.cuda.Stream(device)
-
-
 def _settings(tokens: Tensor) -> tuple[object, ...]:
     """What a captured step depends on beside weights and states."""
     autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
     return tokens.shape, tokens.dtype, tokens.device, autocast
 
 
-def _of_our_rows(model: Any, states: list[State]) -> list[Tensor]:
-    """The states of the library's own rows. Others were promised that a state never changes."""
-    rows = [type(block.mixer).__module__ for block in model.model.layers]
-    return _flat([state for row, state in zip(rows, states) if row.startswith("subquad.")])
+def _writable(model: Any, states: list[State]) -> list[Tensor]:
+    """The states that engines may write over: of mixers that declare it, each class for itself."""
+    kinds = [vars(type(block.mixer)) for block in model.model.layers]
+    declared = [kind.get("writes_state_in_place", False) for kind in kinds]
+    return _flat([state for state, may in zip(states, declared) if may])
 
 
 @contextmanager

@@ -109,9 +109,8 @@ def _chunked(
     cu_seqlens: Tensor | None,
     kept: int,  # chunks whose starting states the backward pass will want; 0 for no such pass
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from subquad.engines.matrix.cpu import (
-        walk as chunked_cpu,  # compiles, and imports numba, when first used
-    )
+    # Compiles, and imports numba, when first used.
+    from subquad.engines.matrix.cpu import walk as chunked_cpu
 
     return chunked_cpu.forward(q, k, v, log_decay, beta, scale, state, cu_seqlens, kept)
 
