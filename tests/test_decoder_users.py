@@ -22,7 +22,7 @@ from test_decoder import IDS, build, calls, close, decode  # noqa: F401
 def traced(model: nn.Module) -> list[bool]:
     """Of each block."""
     pieces = model.model.decoder._pieces
-    return [piece.trace is not None for piece in pieces for _ in piece.blocks]
+    return [piece.trace is not None for piece in pieces for _ in piece.layers]
 
 
 def undecoded(model: nn.Module) -> nn.Module:

@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it. A submodule stands for itself.
 _EXPORTS = {
     "linear_recurrence": "subquad.engines",
+    "normalised_recurrence": "subquad.engines",
     "Delta": "subquad.engines",
     "LowRank": "subquad.engines",
     "Recurrence": "subquad.table",

@@ -110,6 +110,9 @@ def is_value(x: object) -> bool:
     """Whether it can only be replaced, not changed, so that its identity is all there is to it."""
     if isinstance(x, tuple):
         return all(map(is_value, x))
+    settings = getattr(type(x), "__dataclass_params__", None)
+    if settings is not None and settings.frozen and not isinstance(x, type):
+        return all(map(is_value, vars(x).values()))
     return isinstance(x, _VALUES)
 
 

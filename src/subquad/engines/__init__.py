@@ -7,6 +7,7 @@ specification, `cpu.py` compiled code, `gpu.py` launches and `kernels.py` the Tr
 from subquad.engines.convolution.api import short_convolution
 from subquad.engines.invariant.api import diagonal_ssm
 from subquad.engines.matrix.api import explain, linear_recurrence
+from subquad.engines.matrix.normalised import normalised_recurrence
 from subquad.engines.matrix.reference import Delta, LowRank
 from subquad.engines.runtime.explanation import Explanation, watch
 from subquad.engines.selective.api import selective_scan
@@ -18,6 +19,7 @@ __all__ = [
     "diagonal_ssm",
     "explain",
     "linear_recurrence",
+    "normalised_recurrence",
     "selective_scan",
     "short_convolution",
     "watch",

@@ -1,17 +1,39 @@
 """What every mixer is: from [B,T,hidden] and a state to [B,T,hidden] and the next state."""
 
+import inspect
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
 
 from subquad.engines.runtime.validation import check_cu_seqlens, check_tensor
 from subquad.errors import fail
+from subquad.layers.block_layout import BlockLayout
 
 State = dict[str, Tensor]
 """What a mixer remembers of a sequence: tensors by name, each with the batch's rows (or, when
 packed, the sequences) first, so that `{n: t.index_select(0, rows) for n, t in state.items()}`
 reorders it and the sum of `nbytes` is its size."""
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Where a layer stands in its model: layer `index` of `total`, from 0."""
+
+    index: int
+    total: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.total:
+            raise fail(
+                "depth", f"layer {self.index} of {self.total}", "0 <= index < total", "count"
+            )
+
+    @property
+    def fraction(self) -> float:
+        """0 for the first layer, 1 for the last."""
+        return self.index / max(1, self.total - 1)
 
 
 class Mixer(nn.Module, ABC):
@@ -29,6 +51,8 @@ class Mixer(nn.Module, ABC):
     has_channel_mixing: ClassVar[bool] = False
     shrunk_by_depth: ClassVar[tuple[str, ...]] = ()
     writes_state_in_place: ClassVar[bool] = False
+    layout: ClassVar[BlockLayout] = BlockLayout()
+    carries: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, hidden_size: int, **sizes: object) -> None:
         """`sizes`: options that must be positive integers, by name; None stands for a default."""
@@ -56,6 +80,17 @@ class Mixer(nn.Module, ABC):
         Raises:
             ValueError: naming the argument that does not fit, and how to mend it.
         """
+
+    @classmethod
+    def shared(cls, hidden_size: int, layers: int, **options: object) -> nn.Module | None:
+        """What a model's layers of this row share; None for nothing.
+
+        Args:
+            hidden_size: of the model.
+            layers: how many the model has, of all rows.
+            options: the row's, as its constructor takes them.
+        """
+        return None
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew, as published.
@@ -109,3 +144,8 @@ def divide(total: int, parts: int, total_name: str, parts_name: str) -> int:
         expected = f"a positive divisor of {total_name} = {total}"
         raise fail(parts_name, parts, expected, f"change it or {total_name}")
     return total // parts
+
+
+def takes_depth(cls: type[Mixer]) -> bool:
+    """Whether its constructor asks where the layer stands."""
+    return "depth" in inspect.signature(cls).parameters

@@ -34,5 +34,10 @@ def float32_names(blocks: list[Block]) -> set[str]:
     They are the parameters that mixers own themselves and not through a projection: decays, time
     steps, skips. Over thousands of steps their rounding would add up.
     """
-    mixers = [block.mixer for block in blocks]
-    return {rf"mixer\.{name}$" for m in mixers for name, _ in m.named_parameters(recurse=False)}
+    parts = [("mixer", block.mixer) for block in blocks] + [("mlp", block.mlp) for block in blocks]
+    return {
+        rf"{place}\.{name}$"
+        for place, module in parts
+        if module is not None
+        for name, _ in module.named_parameters(recurse=False)
+    }

@@ -24,6 +24,7 @@ def linear_recurrence(
     cu_seqlens: Tensor | None = None,
     form: str = "auto",
     impl: str = "auto",
+    value_log_decay: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The matrix recurrence: keep a state S [K,V] a head, decay it, (erase,) write, read.
 
@@ -58,6 +59,10 @@ def linear_recurrence(
             "triton" (on a GPU) or "auto". One token without gradients has a GPU kernel of its own,
             also with `erase`.
 
+        value_log_decay: a decay along values, beside the other or alone: [H,V] fixed, [B,T,H,V] a
+            number a value channel and token. S_t = d_t * S_{t-1} diag(e^value_log_decay_t) + ...
+            Not with `erase` or `bonus`.
+
     Returns:
         o [B,T,H,V] in v's dtype, and the final state, like `state`. Both are differentiable. The
         computation is in float32 for float16/bfloat16/float32 inputs, whatever autocast says. The
@@ -72,7 +77,7 @@ def linear_recurrence(
     chunked form, Yang et al. 2024 (GLA, arXiv:2312.06635); delta rule in chunks, Yang et al. 2024
     (arXiv:2406.06484); bonus, Peng et al. 2024 (RWKV-5/6, arXiv:2404.05892).
     """
-    call = Call.checked(q, k, v, log_decay, erase, bonus, scale, state, cu_seqlens)
+    call = Call.checked(q, k, v, log_decay, erase, bonus, scale, state, cu_seqlens, value_log_decay)
     plan = make_plan(call, form, impl)
     if watched():
         tell(explanation_of(call, plan))
@@ -91,12 +96,13 @@ def explain(
     cu_seqlens: Tensor | None = None,
     form: str = "auto",
     impl: str = "auto",
+    value_log_decay: Tensor | None = None,
 ) -> Explanation:
     """What `linear_recurrence` would do with these arguments, where, and why. Prints as a page.
 
     Nothing is computed, so tensors on the "meta" device do. Raises what the call would raise.
     """
-    call = Call.checked(q, k, v, log_decay, erase, bonus, scale, state, cu_seqlens)
+    call = Call.checked(q, k, v, log_decay, erase, bonus, scale, state, cu_seqlens, value_log_decay)
     return explanation_of(call, make_plan(call, form, impl))
 
 

@@ -69,7 +69,9 @@ def _triton(call: Call, form: str, must: bool) -> Plan | None:
     if not (must or call.q.is_cuda):
         return None
     q, k, v, log_decay = call.q, call.k, call.v, call.log_decay
-    if q.shape[1] == 1 and form in ("auto", "recurrent") and _is_plain_on_gpu(call):
+    along_values = call.value_log_decay is not None
+    one_token = q.shape[1] == 1 and form in ("auto", "recurrent") and not along_values
+    if one_token and _is_plain_on_gpu(call):
         from subquad.engines.matrix.gpu import step as matrix_step
 
         erased = [x for x in parts(call.erase) if x is not None]
@@ -83,6 +85,8 @@ def _triton(call: Call, form: str, must: bool) -> Plan | None:
     from subquad.engines.matrix.gpu import scan as matrix
 
     reason = "no GPU kernel erases yet" if call.erase is not None else None
+    if call.value_log_decay is not None:
+        reason = "no GPU kernel decays along values yet"
     if not can_call_operators():
         reason = "the GPU kernels know neither forward derivatives nor vmap"
     if form not in ("auto", "chunked"):
@@ -112,6 +116,8 @@ def _numba(call: Call, form: str, must: bool) -> Plan | None:
     reason = None
     if form == "chunked" or (form == "auto" and (must or not one_token)):
         reason = compiled.why_not(call.q, call.v, call.erase)
+        if call.value_log_decay is not None:
+            reason = "compiled chunks do not decay along values"
         if reason is None:
             why = "compiled code walks over the chunks, their state in cache"
             return Plan("chunked", "numba", compiled.CHUNK, why, run.chunked_cpu)

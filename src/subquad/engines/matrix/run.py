@@ -41,7 +41,7 @@ def one_token_cpu(call: Call) -> tuple[Tensor, Tensor]:
 
     result: tuple[Tensor, Tensor] = step.step(
         call.q, call.k, call.v, call.log_decay, *parts(call.erase), call.bonus, call.scale,
-        _state(call, call.dtype),
+        _state(call, call.dtype), call.value_log_decay,
     )  # fmt: skip
     return result
 
@@ -93,6 +93,7 @@ def parallel_torch(call: Call, chunk: int) -> tuple[Tensor, Tensor]:
 
 def _arguments(call: Call, dtype: torch.dtype) -> dict[str, Any]:
     """What the loop and the chunked form take, all in one type, q scaled."""
+    along_values = call.value_log_decay
     return {
         "q": call.q.to(dtype) * call.scale,
         "k": call.k.to(dtype),
@@ -102,6 +103,7 @@ def _arguments(call: Call, dtype: torch.dtype) -> dict[str, Any]:
         "bonus": None if call.bonus is None else call.bonus.to(dtype),
         "state": _state(call, dtype),
         "cu_seqlens": call.cu_seqlens,
+        "value_log_decay": None if along_values is None else along_values.to(dtype),
     }
 
 
