@@ -26,6 +26,8 @@ _EXPORTS = {
     "selective_scan": "subquad.engines",
     "diagonal_ssm": "subquad.engines",
     "short_convolution": "subquad.engines",
+    "long_convolution": "subquad.engines",
+    "stabilise": "subquad.engines",
     "ROWS": "subquad.table",
     "Row": "subquad.table",
     "fast_paths": "subquad.backend.fast_paths",

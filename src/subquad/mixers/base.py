@@ -2,7 +2,6 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -10,30 +9,14 @@ from torch import Tensor, nn
 from subquad.engines.runtime.validation import check_cu_seqlens, check_tensor
 from subquad.errors import fail
 from subquad.layers.block_layout import BlockLayout
+from subquad.layers.depth import Depth
+
+__all__ = ["Depth", "Mixer", "State", "check_positive_integers", "divide", "takes_depth"]
 
 State = dict[str, Tensor]
 """What a mixer remembers of a sequence: tensors by name, each with the batch's rows (or, when
 packed, the sequences) first, so that `{n: t.index_select(0, rows) for n, t in state.items()}`
 reorders it and the sum of `nbytes` is its size."""
-
-
-@dataclass(frozen=True)
-class Depth:
-    """Where a layer stands in its model: layer `index` of `total`, from 0."""
-
-    index: int
-    total: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.index < self.total:
-            raise fail(
-                "depth", f"layer {self.index} of {self.total}", "0 <= index < total", "count"
-            )
-
-    @property
-    def fraction(self) -> float:
-        """0 for the first layer, 1 for the last."""
-        return self.index / max(1, self.total - 1)
 
 
 class Mixer(nn.Module, ABC):
@@ -44,6 +27,21 @@ class Mixer(nn.Module, ABC):
     by the root of the number of layers when a model starts it. Their constructors take
     `hidden_size` and keyword-only options, with the published defaults, and end with
     `reset_parameters()`.
+
+    `writes_state_in_place` lets engines write the next state over the one given, where a decoding
+    loop owns it: `forward` promises not to read a state after it was handed to an engine. It is
+    not inherited, since a subclass may.
+
+    What few rows need, and others leave alone:
+
+    - a `depth` among the constructor's keywords, default None: a model passes the layer's `Depth`.
+    - `layout`: the block that the row was published with.
+    - `growing`: which of the state's tensors, [B,S,...], get longer with the sequence. Sequences of
+      different lengths end together in them; before its first token one holds zeros.
+    - `shared`: a module that all layers of the row in a model share. The model owns it and passes
+      it to each `forward` as `shared=`.
+    - `carries`: names of tensors [B,T,...] that a layer leaves for later ones, such as RWKV-7's
+      first values. `forward` is given them as `carried=`, a dict, and adds its own to it.
     """
 
     row: ClassVar[str]
@@ -51,6 +49,7 @@ class Mixer(nn.Module, ABC):
     has_channel_mixing: ClassVar[bool] = False
     shrunk_by_depth: ClassVar[tuple[str, ...]] = ()
     writes_state_in_place: ClassVar[bool] = False
+    growing: ClassVar[tuple[str, ...]] = ()
     layout: ClassVar[BlockLayout] = BlockLayout()
     carries: ClassVar[tuple[str, ...]] = ()
 

@@ -48,6 +48,8 @@ class SubquadPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Mixer):
+            draw_missing(module, self.config.num_hidden_layers, module.shrunk_by_depth)
+        elif getattr(module, "starts_itself", False):
             draw_missing(module, self.config.num_hidden_layers)
         elif isinstance(module, Block):
             module.mark_undecayed()
