@@ -32,7 +32,7 @@ import subquad
 from subquad.arena.scaling.report import exponent_text
 from subquad.arena.scaling.results import QUANTITIES, Exponent
 from subquad.mixers import MIXERS
-from subquad.table import ROWS, Row
+from subquad.table import ROWS, Recurrence, Row
 from subquad.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
@@ -208,8 +208,11 @@ def rows_to_come() -> str:
     return (", ".join(idle) + "." if idle else "None: every row runs.") + "\n"
 
 
-PLAIN_ON_CPU = {"s4d"}  # no code of our own: PyTorch's operations
-PLAIN_ON_GPU = {"s4d", "deltanet", "gated_deltanet"}
+def runs_in_plain_pytorch(kind: Recurrence, device: str) -> bool:
+    """Whether whole sequences of this kind have no compiled code of ours on the device."""
+    along_values = kind.decay in ("fixed_value", "token_value", "token_key_value")
+    erases = {"cpu": kind.erase == "low_rank", "gpu": kind.erase != "none"}[device]
+    return kind.engine in ("invariant", "nonlinear") or along_values or erases
 
 
 def readme_rows() -> str:
@@ -220,10 +223,13 @@ def readme_rows() -> str:
     ]
     for name, row in ROWS.items():
         if name in MIXERS:
-            ticks = ["○" if name in plain else "✓" for plain in (PLAIN_ON_CPU, PLAIN_ON_GPU)]
-            streams = "grows" if "T" in row.decode else "✓"
-            cells = (f"`{name}`", row.write, *ticks, streams, paper(row))
-            lines.append(f"| {' | '.join(cells)} |")
+            ticks = [
+                "○" if any(runs_in_plain_pytorch(kind, device) for kind in row.recurrences) else "✓"
+                for device in ("cpu", "gpu")
+            ]
+            write = row.write.replace("|", "\\|")
+            streams = "grows" if row.state_grows else "✓"
+            lines.append(f"| {' | '.join((f'`{name}`', write, *ticks, streams, paper(row)))} |")
     coming = [f"`{name}`" for name in ROWS if name not in MIXERS]
     if coming:
         lines.append(f"| *{len(coming)} to come* | {', '.join(coming)} | | | | |")
@@ -588,6 +594,8 @@ def _decay(row: Row) -> str:
         "fixed_element": "fixed, an element",
         "token_head": "by token, a head",
         "token_key": "by token, a key channel",
+        "fixed_value": "fixed, a value channel",
+        "token_value": "by token, a value channel",
         "token_key_value": "by token, key and value channel",
         "token_element": "by token, an element",
     }[row.recurrence.decay]

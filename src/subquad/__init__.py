@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 # Public name -> the module that defines it. A submodule stands for itself.
 _EXPORTS = {
     "linear_recurrence": "subquad.engines",
+    "normalised_recurrence": "subquad.engines",
     "Delta": "subquad.engines",
     "LowRank": "subquad.engines",
     "Recurrence": "subquad.table",
@@ -25,8 +26,11 @@ _EXPORTS = {
     "selective_scan": "subquad.engines",
     "diagonal_ssm": "subquad.engines",
     "short_convolution": "subquad.engines",
+    "long_convolution": "subquad.engines",
+    "stabilise": "subquad.engines",
     "ROWS": "subquad.table",
     "Row": "subquad.table",
+    "fast_paths": "subquad.backend.fast_paths",
     "SubquadCache": "subquad.models",
     "SubquadConfig": "subquad.models",
     "SubquadForCausalLM": "subquad.models",

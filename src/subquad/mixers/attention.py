@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from subquad.engines.runtime.eager import is_plain
 from subquad.engines.runtime.validation import check_shape
 from subquad.errors import fail
-from subquad.layers.growing import append
+from subquad.layers.growing import append, end_together
 from subquad.layers.projection import project
 from subquad.layers.rotary import angles, positions, rotate_halves
 from subquad.mixers.base import Mixer, State, check_positive_integers, divide
@@ -44,6 +44,8 @@ class SoftmaxAttention(Mixer):
 
     row = "softmax_attention"
     state_names = ("keys", "values", "length")
+    growing = ("keys", "values")
+    writes_state_in_place = True
     window: int | None = None
 
     def __init__(
@@ -134,7 +136,7 @@ class SoftmaxAttention(Mixer):
             new = slice(start, end)
             results.append(self._attend(q[:, new], k[:, new], v[:, new], own, None))
         o, keys, values = zip(*results)
-        return torch.cat(o, dim=1), _end_together(keys), _end_together(values)
+        return torch.cat(o, dim=1), end_together(keys), end_together(values)
 
     def _remember(self, slots: Tensor) -> Tensor:
         """What of the slots [B,S,Hk,D] a later token can still see."""
@@ -156,6 +158,7 @@ class SlidingWindowAttention(SoftmaxAttention):
     """
 
     row = "sliding_window_attention"
+    writes_state_in_place = True
 
     def __init__(self, hidden_size: int, *, window: int = 256, **options: object) -> None:
         check_positive_integers(window=window)
@@ -241,9 +244,3 @@ def _seen(x: Tensor, sizes: list[int], window: int | None) -> Iterator[Tensor]:
         else:  # not a slice: the gradients of slices would each be a tensor of T slots, T^2 in sum
             back = -(-(window - 1) // sizes[1])
             yield torch.cat(parts[max(0, n - back) : n + 1], dim=1)
-
-
-def _end_together(rows: tuple[Tensor, ...]) -> Tensor:
-    """Stack sequences [1,S_n,Hk,D] of different lengths so that each ends in the last slot."""
-    S = max(row.shape[1] for row in rows)
-    return torch.cat([F.pad(row, (0, 0, 0, 0, S - row.shape[1], 0)) for row in rows])

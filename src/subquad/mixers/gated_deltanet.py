@@ -41,6 +41,7 @@ class GatedDeltaNet(Mixer):
 
     row = "gated_deltanet"
     state_names = ("conv", "recurrent")
+    writes_state_in_place = True
 
     def __init__(
         self,

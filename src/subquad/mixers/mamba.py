@@ -37,6 +37,7 @@ class Mamba(Mixer):
 
     row = "mamba"
     state_names = ("conv", "recurrent")
+    writes_state_in_place = True
     has_channel_mixing = True
     shrunk_by_depth = ("out_proj.weight",)
 

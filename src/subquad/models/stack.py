@@ -13,9 +13,10 @@ from transformers.utils import can_return_tuple
 from subquad.decode.cpu.decoder import Decoder
 from subquad.engines.runtime.validation import check_tensor
 from subquad.errors import fail
-from subquad.layers.norms import RMSNorm
+from subquad.layers.norms import normed
+from subquad.mixers import MIXERS
 from subquad.mixers.base import Mixer, State
-from subquad.models.block import Block, normed
+from subquad.models.block import Block
 from subquad.models.cache import SubquadCache
 from subquad.models.config import SubquadConfig
 from subquad.models.packing import Packing, pack, pack_given
@@ -47,6 +48,8 @@ class SubquadPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Mixer):
+            draw_missing(module, self.config.num_hidden_layers, module.shrunk_by_depth)
+        elif getattr(module, "starts_itself", False):
             draw_missing(module, self.config.num_hidden_layers)
         elif isinstance(module, Block):
             module.mark_undecayed()
@@ -66,9 +69,13 @@ class SubquadModel(SubquadPreTrainedModel):
     def __init__(self, config: SubquadConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        blocks = [Block(config, row) for row in config.rows]
+        blocks = [Block(config, index) for index in range(config.num_hidden_layers)]
+        first, last = blocks[0].layout, blocks[-1].layout
+        own = first.embed_norm
+        self.embed_norm = first.make_norm(config.hidden_size, config.norm_eps) if own else None
+        self.shared = nn.ModuleDict(_shared_modules(config))
         self.layers = nn.ModuleList(blocks)
-        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = last.make_norm(config.hidden_size, config.norm_eps)
         self._keep_in_fp32_modules_strict = float32_names(blocks)
         self.gradient_checkpointing = False
         self.decoder = Decoder()
@@ -150,21 +157,26 @@ class SubquadModel(SubquadPreTrainedModel):
                 "with a cache that holds the past, give the tokens after it; to generate(), the "
                 "whole text, or an attention_mask over it",
             )
+        if self.embed_norm is not None:
+            x = normed(self.embed_norm, x)
         return x.float() if self.config.residual_in_fp32 else x
 
     def _run(
         self, x: Tensor, past: list[State | None], cu_seqlens: Tensor | None, keep_all: bool
     ) -> tuple[list[Tensor], list[State]]:
         """Run all blocks: each block's input (if keep_all) and the output; each layer's state."""
+        modules = dict(self.shared.items())
+        shared = [modules.get(row) for row in self.config.rows]
         if cu_seqlens is None and not keep_all:
-            decoded = self.decoder(self.layers, self.norm, x, past)
+            decoded = self.decoder(self.layers, self.norm, x, past, shared)
             if decoded is not None:
                 return [decoded[0]], decoded[1]
         hidden, states = [], []
-        for block, state in zip(self.layers, past):
+        carried: dict[str, Tensor] = {}
+        for block, state, module in zip(self.layers, past, shared):
             if keep_all:
                 hidden.append(x)
-            x, state = block(x, state, cu_seqlens)
+            x, state, carried = block(x, state, cu_seqlens, carried, module)
             states.append(state)
         return [*hidden, normed(self.norm, x)], states
 
@@ -173,7 +185,7 @@ class SubquadModel(SubquadPreTrainedModel):
     ) -> tuple[list[Tensor], list[tuple[Packing, list[State]]]]:
         """Run each packing, and put its outputs where its tokens were, among zeros."""
         results = []
-        dtype = self.norm.weight.dtype
+        dtype: Any = self.norm.weight.dtype
         inputs = [torch.zeros_like(x)] * (len(self.layers) if keep_all else 0)
         out = [*inputs, torch.zeros_like(x, dtype=dtype)]
         for packing in packings:
@@ -182,6 +194,16 @@ class SubquadModel(SubquadPreTrainedModel):
             out = [packing.scatter(h, into) for h, into in zip(hidden, out)]
             results.append((packing, states))
         return out, results
+
+
+def _shared_modules(config: SubquadConfig) -> dict[str, nn.Module]:
+    """What the layers of each row share, by row; most share nothing."""
+    found = {}
+    for index, row in enumerate(config.rows):
+        if row not in found:
+            options = config.mixer_kwargs(index)
+            found[row] = MIXERS[row].shared(config.hidden_size, config.num_hidden_layers, **options)
+    return {row: module for row, module in found.items() if module is not None}
 
 
 def _check_cache(cache: object, num_layers: int) -> SubquadCache:

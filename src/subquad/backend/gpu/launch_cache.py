@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from subquad.backend.fast_paths import are_fast_paths_on
 from subquad.backend.gpu.launch import Launch, witness
 
 KINDS = 512  # of calls, remembered for each function; the oldest is forgotten first
@@ -54,7 +55,8 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
     scripts: OrderedDict[tuple, Script | bool] = OrderedDict()
 
     def run(args: tuple) -> Any:
-        if torch._C._len_torch_dispatch_stack() > 0:  # somebody wants to see the operations
+        # Where it is switched off, or somebody wants to see the operations.
+        if not are_fast_paths_on() or torch._C._len_torch_dispatch_stack() > 0:
             return function(*args)
         kind = _kind(args)
         script = scripts.get(kind)

@@ -150,7 +150,15 @@ class Recording(TorchFunctionMode):
         self._kernels.binary(self.tape, operation, left, right, y)
         return y
 
+    def rowwise(self, operation: str, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """Along the last axis; `shape` is the result's."""
+        x, y = self.flat(x), self.new(shape)
+        self._kernels.rowwise(self.tape, operation, x, y)
+        return y
+
     def _with_number(self, operation: str, x: Tensor | float, z: Tensor | float) -> Tensor:
+        if operation == "max":
+            raise Untraceable("the larger of a tensor and a number")
         if isinstance(x, Tensor) and isinstance(z, int | float):
             slope = {"mul": z, "div": 1 / z if z else 0.0}.get(operation, 1.0)
             offset = {"add": z, "sub": -z}.get(operation, 0.0)

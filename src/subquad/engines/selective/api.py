@@ -20,15 +20,9 @@ from subquad.engines.runtime.validation import (
     check_state,
     check_tensor,
 )
-from subquad.engines.selective import (
-    operator as scan_operator,
-)
-from subquad.engines.selective import (
-    pytorch as scan,
-)
-from subquad.engines.selective import (
-    reference as diagonal_reference,
-)
+from subquad.engines.selective import operator as scan_operator
+from subquad.engines.selective import pytorch as scan
+from subquad.engines.selective import reference as diagonal_reference
 from subquad.errors import choose, fail
 from subquad.table.spec import Recurrence
 

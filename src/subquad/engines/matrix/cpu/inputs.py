@@ -17,6 +17,7 @@ from torch import Tensor
 
 from subquad.backend.cpu.compile import SLICE, array, jit, over_channels, rows, sequence_bounds
 from subquad.backend.cpu.product import aligned
+from subquad.engines.matrix.kind import is_per_key
 
 CHUNK = 64  # tokens between starting states that are kept for the backward pass
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
@@ -62,7 +63,7 @@ def prepare(
     chunks = np.zeros_like(bounds)
     chunks[1:] = np.cumsum(-(-np.diff(bounds) // CHUNK))
     none = np.empty((0, 0), np.float32)
-    wide = log_decay is not None and log_decay.ndim == 4  # a number a key channel
+    wide = log_decay is not None and is_per_key(log_decay)
     gates, gates_stride = rows(log_decay.flatten(-2)) if wide else (none.reshape(-1), 0)
     units, threads = (bounds.size - 1) * Hk, torch.get_num_threads()
     return Inputs(
