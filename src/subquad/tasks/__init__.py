@@ -1,4 +1,4 @@
-"""The synthetic tasks by which the field distinguishes its models.
+"""The synthetic tasks by which the field tells its models apart.
 
     from subquad import tasks
 
@@ -6,8 +6,8 @@
     batch = task.sample(32, seed=0, step=0)     # the same wherever and whenever it is drawn
     batch.inputs, batch.labels                  # [32,64] each; labels are -100 where nothing is due
 
-`subquad arena --list-tasks` says what each measures; `subquad arena --task mqar` trains rows on
-one, on equal terms.
+`subquad arena --list-tasks` tells what each measures; `subquad arena --task mqar` trains rows on
+one, equally.
 """
 
 import dataclasses

@@ -38,7 +38,7 @@ class Batch:
 
     @property
     def asked(self) -> Tensor:
-        """[B,T] bool: the positions that count for the loss and the metric."""
+        """[B,T] bool: where the loss and the metric look."""
         if self.labels.is_floating_point():
             return ~self.labels[..., 0].isnan()
         return self.labels != IGNORE
@@ -60,7 +60,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a preset is trained by default.
+    """How a preset is trained where nobody says otherwise.
 
     layers, hidden_size: the reference shape: two layers of softmax attention with MLPs, say. Its
         number of parameters is what every row gets.
@@ -159,7 +159,7 @@ class Task(ABC):
             step += 1
 
     def tests(self) -> dict[str, Task]:
-        """The variants on which a trained model is tested, by name: other lengths,
+        """The variants on which a trained model is judged, by what is told of them: other lengths,
         other kinds of questions. The first has the settings of training."""
         return {"as trained": self}
 
@@ -235,7 +235,7 @@ def check_lengths(name: str, values: object) -> None:
 def choose_distinct(
     random: np.random.Generator, batch_size: int, of: int, count: int
 ) -> np.ndarray:
-    """[B,count] int64: for each sequence, `count` different numbers below `of`, in random order."""
+    """[B,count] int64: for each row, `count` different numbers below `of`, in random order."""
     if 8 * count < of and count * count < of:  # collisions are rare: draw again where one is
         picks = random.integers(of, size=(batch_size, count))
         while len(again := np.flatnonzero(_collides(picks))):
