@@ -1,4 +1,4 @@
-"""subquad: every linear-time rival of the Transformer is a row of one table; one engine runs them.
+"""subquad: linear-time rivals of the Transformer, each a row of one table.
 
     import subquad
 

@@ -1,4 +1,4 @@
-"""The engines: what they compute is said by a reference, and equal forms of it run fast.
+"""The engines: a reference specifies each operation, and equivalent forms of it run fast.
 
 Each operation has a folder: `api.py` checks the arguments and chooses, `reference.py` is the
 specification, `cpu.py` compiled code, `gpu.py` launches and `kernels.py` the Triton kernels.

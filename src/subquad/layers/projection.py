@@ -1,4 +1,4 @@
-"""A projection as a module, computed by the engines where nobody wants to see it called."""
+"""A projection as a module, computed by the engines unless it is hooked, wrapped or replaced."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ _FORWARD = nn.Linear.forward
 
 
 def project(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)`, by `linear` if it is a projection that nobody replaced, hooked or wrapped."""
+    """`module(x)`, by `linear` if it is a plain projection: not replaced, hooked or wrapped."""
     if (
         torch.compiler.is_compiling()
         or type(module) is not nn.Linear
@@ -24,7 +24,7 @@ def project(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether somebody wants to see the module called, or calls something else in its place."""
+    """Whether the module has hooks, or something else is called in its place."""
     own = vars(module)
     return bool(
         own["_forward_hooks"]

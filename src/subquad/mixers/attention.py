@@ -29,9 +29,9 @@ class SoftmaxAttention(Mixer):
     Vaswani et al. 2017 (arXiv:1706.03762, eq. 1), heads that share keys from Ainslie et al. 2023
     (arXiv:2305.13245), positions from Su et al. 2021 (arXiv:2104.09864, eq. 34).
 
-    The state grows with the sequence: keys (rotated) and values [B,S,Hk,D], length [B] int64. Rows
-    of different lengths end together: row b's tokens are its last length[b] slots, so that adding
-    a token is the same concatenation for every row.
+    The state grows with the sequence: keys (rotated) and values [B,S,Hk,D], length [B] int64.
+    Sequences of different lengths end together: the tokens of sequence b are its last length[b]
+    slots, so that adding a token is the same concatenation for all.
 
     Args:
         hidden_size: width of the input and output.
@@ -107,9 +107,9 @@ class SoftmaxAttention(Mixer):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, past: State, first: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows that each have T new tokens: outputs, and the keys and values to remember.
+        """Sequences with T new tokens each: outputs, and the keys and values to remember.
 
-        first: [B], each row's first slot in use; None when all are.
+        first: [B], each sequence's first slot in use; None when all are.
         """
         T = q.shape[1]
         fresh = not past
@@ -126,7 +126,7 @@ class SoftmaxAttention(Mixer):
     def _attend_packed(
         self, q: Tensor, k: Tensor, v: Tensor, past: State, cu_seqlens: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sequences end to end in one row: each is attended on its own, exactly as if alone."""
+        """Sequences end to end: each is attended on its own, exactly as if alone."""
         results = []
         for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
             own: State = {}
@@ -167,7 +167,7 @@ class SlidingWindowAttention(SoftmaxAttention):
 
 
 def _slots_in_use(past: State) -> tuple[State, Tensor | None]:
-    """The state, and each row's first slot in use [B]; None if all are.
+    """The state, and each sequence's first slot in use [B]; None if all are.
 
     A mask of the empty ones would take a single row the fastest kernels, so its empty slots are cut
     off. It has some if it comes out of a batch of unequal rows. To know, the row's length is looked
@@ -205,12 +205,12 @@ def _sdpa_by_blocks(
 ) -> Tensor:
     """Causal attention of the last T of S slots, without ever holding a T x S mask.
 
-    A block of queries looks only at the slots that some of them see: everything before their end,
+    A block of queries reads only the slots that some of them see: everything before their end,
     or, with a window, little more than their own block and the one before.
 
     Args:
         window: how many slots a query sees, its own included; None for all before it.
-        first: [B], each row's first slot in use; None when all are.
+        first: [B], each sequence's first slot in use; None when all are.
     """
     T, S = q.shape[1], k.shape[1]
     size = _QUERY_BLOCK if window is None else min(max(window, 64), _QUERY_BLOCK)

@@ -14,9 +14,9 @@ from subquad.layers.depth import Depth
 __all__ = ["Depth", "Mixer", "State", "check_positive_integers", "divide", "takes_depth"]
 
 State = dict[str, Tensor]
-"""What a mixer remembers of a sequence: tensors by name, each with the batch's rows (or, when
-packed, the sequences) first, so that `{n: t.index_select(0, rows) for n, t in state.items()}`
-reorders it and the sum of `nbytes` is its size."""
+"""What a mixer remembers: tensors by name, the batch's (or packed) sequences first, so that
+`{n: t.index_select(0, order) for n, t in state.items()}` reorders it and the sum of `nbytes` is its
+size."""
 
 
 class Mixer(nn.Module, ABC):
@@ -68,16 +68,16 @@ class Mixer(nn.Module, ABC):
         Args:
             x: [B,T,hidden_size], T >= 1.
             state: where an earlier call stopped; None is a fresh start. It is never changed, so
-                two continuations may start from it. Its rows are the B rows of `x`, or the N
-                sequences packed in its only row.
-            cu_seqlens: [N+1] int, the bounds of N sequences packed one after another in the only
-                row of `x`: 0 first, T last, increasing. Nothing leaks from one into the next.
+                two continuations may start from it. It has an entry for each of the B sequences of
+                `x`, or of the N packed ones.
+            cu_seqlens: [N+1] int, the bounds of N sequences packed end to end in `x` (B = 1):
+                0 first, T last, increasing. Nothing leaks from one into the next.
 
         Returns:
             y [B,T,hidden_size] and the next state.
 
         Raises:
-            ValueError: naming the argument that does not fit, and how to mend it.
+            ValueError: naming the argument that does not fit, and the fix.
         """
 
     @classmethod

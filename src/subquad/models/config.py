@@ -44,13 +44,13 @@ class SubquadConfig(PreTrainedConfig):
         tie_word_embeddings: the read-out shares the embedding's weights.
         initializer_range: standard deviation of embeddings and MLPs at the start; mixers start as
             published.
-        use_cache: return a `SubquadCache` unless training or told otherwise.
+        use_cache: return a `SubquadCache`, except in training or where a call says otherwise.
         bos_token_id, eos_token_id, pad_token_id: None means `ByteTokenizer`'s when vocab_size is
             259, and none otherwise.
 
     Raises:
         ValueError: an unknown row, an option that the row does not take, sizes that do not fit,
-            or an argument that looks like a misspelt one of these.
+            or an argument that is probably a misspelt one of these.
     """
 
     model_type = "subquad"

@@ -104,12 +104,12 @@ class SubquadModel(SubquadPreTrainedModel):
             past_key_values: where an earlier call stopped. It is moved on in place, unless
                 use_cache is False.
             use_cache: return the cache; by default, when one came in, or when not training.
-            cu_seqlens: [N+1] int, the bounds of N texts laid end to end in the only row; 0 first,
-                T last. The cache then has N rows. (transformers' `cu_seq_lens_q` will do too.)
+            cu_seqlens: [N+1] int, the bounds of N texts laid end to end (B = 1); 0 first, T last.
+                The cache then has N sequences. (transformers' `cu_seq_lens_q` will do too.)
             output_hidden_states: also return every block's input and the final output.
 
         Raises:
-            ValueError: naming the argument that does not fit, and how to mend it.
+            ValueError: naming the argument that does not fit, and the fix.
         """
         x = self._embed(input_ids, inputs_embeds)
         if use_cache is None:

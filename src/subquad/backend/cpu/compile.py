@@ -195,7 +195,7 @@ _Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def _openmp() -> Callable[..., None] | None:
-    """The entry into the OpenMP runtime that torch runs on, where it is GNU's or speaks like it."""
+    """The entry point of torch's OpenMP runtime, if it is GNU's or compatible with it."""
     try:
         parallel = ctypes.CDLL(None).GOMP_parallel
     except (AttributeError, OSError, TypeError):

@@ -83,7 +83,7 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def record(function: Callable[..., Any], args: tuple) -> tuple[Any, Script | bool]:
-    """What the function returns, and a script of what it did (False: it cannot be told)."""
+    """What the function returns, and a script of what it did (False: it cannot be recorded)."""
     script = Script(args)
     witness.script = script
     try:
@@ -114,7 +114,7 @@ def _kind(args: tuple) -> tuple:
 
 
 def _differ(args: tuple) -> bool:
-    """Whether the tensors can be told apart. Calls that give one twice are not recorded."""
+    """Whether the tensors are all different. Calls that pass one twice are not recorded."""
     tensors = [id(x) for x in args if isinstance(x, Tensor)]
     return len(tensors) == len(set(tensors))
 
@@ -238,7 +238,7 @@ def _allocation(like: Tensor) -> Callable[[list], None]:
 
 
 class _Operations(TorchDispatchMode):
-    """Tells a script of PyTorch's operations. (Launches tell of themselves.)"""
+    """Adds PyTorch's operations to a script. (Launches add themselves.)"""
 
     def __init__(self, script: Script) -> None:
         super().__init__()

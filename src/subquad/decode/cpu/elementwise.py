@@ -1,4 +1,4 @@
-"""What stands between projections and recurrences on a tape: gates, skips, sums of one token.
+"""What lies between projections and recurrences on a tape: gates, skips, sums of one token.
 
 Every operation works on flat float32 vectors of one length. Whatever is strided or broadcast is
 laid out flat by `copy` first: it is one token, so a copy is a few hundred numbers in the nearest

@@ -17,7 +17,7 @@ class Untraceable(Exception):
 
 
 class Recorder(Protocol):
-    """What puts operations on a tape. Their results have memory already, but no numbers yet."""
+    """What puts operations on a tape. Their results have memory already, but no values yet."""
 
     tape: Any
     told: list[Explanation]

@@ -1,4 +1,4 @@
-"""What layers do with one token, written on a tape of kernels while they are called.
+"""What layers do with one token, recorded on a tape of kernels while they are called.
 
 What layers compute is seen by `__torch_function__`: every call of PyTorch's, and of our engines,
 which take part in that protocol. What gets past it (compiled scripts, NumPy, whoever switches the
@@ -25,7 +25,7 @@ R = TypeVar("R")
 
 
 class Recording(TorchFunctionMode):
-    """Puts operations on a tape. What they return has its memory already, but no numbers yet."""
+    """Puts operations on a tape. What they return has memory already, but no values yet."""
 
     def __init__(self) -> None:
         from subquad.backend.cpu import pages, tape  # compiles, and imports numba

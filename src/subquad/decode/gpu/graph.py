@@ -1,4 +1,4 @@
-"""Decoding on a GPU without Python in between: one token through the model as a CUDA graph.
+"""Decoding on a GPU without Python: one token through the model as a CUDA graph.
 
 A decoded token is some twenty small kernels a layer, and launching them from Python takes longer
 than running them. So the step is captured once and replayed for every token. It reads and writes
@@ -96,7 +96,7 @@ def _decodes(model: Any, tokens: Tensor, cache: Cache) -> bool:
 
 
 def _goes_on(graph: StepGraph, model: Any, tokens: Tensor, states: list[State], held: bool) -> bool:
-    """Whether a cache's graph serves on. Between two replayed tokens modules are not looked at.
+    """Whether a cache's graph is still valid. Between two replayed tokens modules are not checked.
 
     held: these are the graph's own states.
     """
@@ -104,7 +104,7 @@ def _goes_on(graph: StepGraph, model: Any, tokens: Tensor, states: list[State], 
 
 
 class StepGraph:
-    """One token for each row of a batch, captured.
+    """One token for each sequence of a batch, captured.
 
     Attributes:
         states: by layer, where the graph reads and writes them.
@@ -188,7 +188,7 @@ class StepGraph:
 
 
 class Lease:
-    """A cache's hold on a graph, which goes back on its model's shelf with the last of it."""
+    """A cache's lease on a graph, which its model gets back for the next cache when it ends."""
 
     def __init__(self, graph: StepGraph, shelf: _Shelf) -> None:
         self.graph, self.shelf = graph, shelf

@@ -127,7 +127,7 @@ def _backward(
 
 @jit
 def _step(x, weight, bias, state, y, new_state, S, D, W, silu, start, stop):  # addresses, sizes
-    """One token of each row: x, y [S,D], weight [D,W], bias [D] or 0, states [S,W-1,D]."""
+    """One token of each sequence: x, y [S,D], weight [D,W], bias [D] or 0, states [S,W-1,D]."""
     inputs, outputs, taps, offset = at(x, (S, D)), at(y, (S, D)), at(weight, (D, W)), at(bias, (D,))
     past, old, new = W - 1, at(state, (S, W - 1, D)), at(new_state, (S, W - 1, D))
     for s in range(S):
@@ -204,7 +204,7 @@ def backward(
 def step(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor]:
-    """One token of each row, for decoding: y like x and the next state; no gradients.
+    """One token of each sequence, for decoding: y like x and the next state; no gradients.
 
     x [S,1,D] or packed [1,S,D]; weight [D,W]; bias [D]; state [S,W-1,D].
     """

@@ -26,9 +26,9 @@ def linear_recurrence(
     impl: str = "auto",
     value_log_decay: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The matrix recurrence: keep a state S [K,V] a head, decay it, (erase,) write, read.
+    """The matrix recurrence: each head keeps a state S [K,V], decays it, (erases,) writes, reads.
 
-    What kind of recurrence it is, is read from the tensors given. With d_t = exp(log_decay_t):
+    Which recurrence it is follows from the tensors' shapes. With d_t = exp(log_decay_t):
 
         no erase        S_t = d_t * S_{t-1} + k_t v_t^T
         Delta(beta)     S' = d_t * S_{t-1};  S_t = S' + beta_t k_t (v_t - S'^T k_t)^T
@@ -43,15 +43,15 @@ def linear_recurrence(
         q, k: [B,T,Hk,K], of one dtype with v.
         v: [B,T,H,V].
         log_decay: natural logarithm of the decay, <= 0 (0 keeps, -inf forgets all). None: no decay;
-            [H] or [H,K]: fixed; [B,T,H]: a number a head and token; [B,T,H,K]: a number a key
-            channel and token. Any floating dtype; float32 is wise.
+            [H] or [H,K]: fixed; [B,T,H]: one for each head and token; [B,T,H,K]: one for each key
+            channel and token. Any floating dtype; prefer float32.
         erase: None, `Delta(beta)` with beta [B,T,H], or `LowRank(a, b)` with both [B,T,H,K].
         bonus: [H,K], RWKV-5/6's `u`; not with `erase`.
         scale: of the read; None means K**-0.5.
         state: [B,H,K,V] float32 (float64 for float64 inputs), [N,H,K,V] when packed. None: zeros.
         cu_seqlens: [N+1] int32 or int64, the boundaries 0 = c_0 < ... < c_N = T of N sequences laid
-            end to end in one row (B = 1). Each has its own state and none sees another. Their
-            values are checked on the CPU only: on a GPU wrong ones give wrong numbers, unsaid.
+            end to end (B = 1). Each has its own state and none sees another. Their values are
+            checked on the CPU only: on a GPU wrong ones silently give wrong results.
         form: "recurrent" (token by token), "chunked", "parallel" (all pairs, quadratic; not for
             packed sequences) or "auto". All give the same result.
         impl: "reference" (the recurrent form in float64, the specification), "torch", "numba" (on

@@ -1,7 +1,7 @@
 """Which form and implementation of the matrix recurrence run, and why.
 
-Asked of the fastest first: each says what it would do, or what keeps it from serving the call. Only
-shapes, dtypes, devices and autograd's state are looked at, never values.
+The fastest is asked first: each says what it would do, or why it cannot take the call. That depends
+on shapes, dtypes, devices and autograd's state, never on values.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Compiled work as PyTorch sees it: an operator for whoever looks at operations, else a plain call.
+"""Compiled work as PyTorch sees it: an operator where operations are traced, else a plain call.
 
 A custom operator is what `torch.compile`, tracing and dispatch modes need to see. Its way through
 the dispatcher and the autograd that torch generates for it costs 10 to 60 microseconds of Python a

@@ -159,7 +159,7 @@ def _step(
     x, dt, A, B, C, D, state, y, new_state,  # addresses
     S, channels, N, start, stop,
 ):  # fmt: skip
-    """One token of each row: x, dt, y [S,D], A [D,N], B, C [S,N], D [D], states [S,D,N]."""
+    """One token of each sequence: x, dt, y [S,D], A [D,N], B, C [S,N], D [D], states [S,D,N]."""
     inputs, steps, outputs = at(x, (S, channels)), at(dt, (S, channels)), at(y, (S, channels))
     rates, skip, writers, readers = (
         at(A, (channels, N)),
@@ -181,7 +181,7 @@ def _step(
 
 
 def checkpoint_shape(x: Tensor, A: Tensor, sequences: int) -> tuple[int, ...]:
-    """[K,N,D]; K bounds the number of chunks of any packing of these tokens in that many rows."""
+    """[K,N,D]; K bounds the number of chunks, however these tokens are packed in sequences."""
     tokens = x.shape[0] * x.shape[1]
     return tokens // CHUNK + sequences, A.shape[1], A.shape[0]
 
@@ -243,7 +243,7 @@ def backward(
 def step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token of each row, for decoding: y like x and the next state; no gradients.
+    """One token of each sequence, for decoding: y like x and the next state; no gradients.
 
     x, dt [S,1,D]; A [D,N]; B, C [S,1,N]; D [D]; state [S,D,N].
     """

@@ -1,8 +1,8 @@
 """What both compiled chunked forms of the CPU share: their arguments, and how their work is split.
 
-Work is split into units: a row, a key head, and a part of the heads that share it.
+Work is split into units: a sequence, a key head, and a part of the heads that share it.
 
-M tokens of all sequences   R rows: the batch's, or packed sequences   H heads   Hk key heads
+M tokens of all sequences   R sequences, of the batch or packed   H heads   Hk key heads
 G = H / Hk heads that share a key   K key size   V value size   C <= CHUNK tokens of a chunk
 """
 
@@ -94,9 +94,9 @@ def over_units(kernel, x: Inputs, *args) -> None:
 
 @jit
 def unit_heads(x, unit):
-    """(row, key head, part, its first head, the head after its last) of a unit of work.
+    """(sequence, key head, part, its first head, the head after its last) of a unit of work.
 
-    Rows are next to each other: packed sequences differ in length, heads do not.
+    Sequences are next to each other: packed ones differ in length, heads do not.
     """
     R = x.bounds.size - 1
     row, shared = unit % R, unit // R

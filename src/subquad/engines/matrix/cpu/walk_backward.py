@@ -1,4 +1,4 @@
-"""Gradients of `chunked_cpu`: the chunks from the last to the first, with that of the state.
+"""Gradients of `walk.py`: the chunks from the last to the first, with that of the state.
 
 Saved are the inputs and the states at the chunks' starts; what a chunk computes inside is computed
 again. What a chunk's gradients are is in `chunk_gradients_cpu.py`.
