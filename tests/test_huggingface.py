@@ -146,7 +146,7 @@ def test_lora_trains_saves_loads_and_merges(layers, tmp_path) -> None:
     with torch.no_grad():  # alike on both sides: where a graph is recorded other code runs
         trained = model(ids).logits
         assert (trained - before).abs().max() > 1e-2
-        loaded = PeftModel.from_pretrained(build(layers), tmp_path).eval()
+        loaded = PeftModel.from_pretrained(awake(build(layers)), tmp_path).eval()
         assert torch.equal(loaded(ids).logits, trained)
     merged = loaded.merge_and_unload()
     assert type(merged) is SubquadForCausalLM

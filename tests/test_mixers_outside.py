@@ -220,9 +220,7 @@ class TestRecurrencesAreFlas:
         naive = pytest.importorskip("fla.ops.linear_attn.naive")
         seen = Recorded(linear_attention, monkeypatch, "normalised_recurrence")
         excite(LinearAttention(HIDDEN, num_heads=2, feature_map=feature_map))(tokens(self.T))
-        o, _ = naive.naive_recurrent_linear_attn(
-            seen.q, seen.k, seen.v, scale=1.0, normalize=True
-        )
+        o, _ = naive.naive_recurrent_linear_attn(seen.q, seen.k, seen.v, scale=1.0, normalize=True)
         first = 8  # with relu the first denominators may be 0, where the two eps differ
         n = seen.others[0].unsqueeze(-1)
         assert_close((seen.o / (n + 1e-6))[:, first:], o[:, first:])

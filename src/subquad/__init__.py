@@ -12,6 +12,8 @@ Names are imported when first used, so `import subquad` costs no more than `impo
 import importlib
 from typing import Any
 
+from subquad.registration import register_when_asked
+
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it. A submodule stands for itself.
@@ -54,3 +56,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+register_when_asked()

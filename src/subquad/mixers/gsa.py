@@ -76,8 +76,7 @@ class GSA(Mixer):
         log_a = log_a.unflatten(-1, (self.num_kv_heads, -1))  # [B,T,Hk,M]
         write = (1 - log_a.exp()).to(x.dtype)
         if self.num_kv_heads < self.num_heads:  # each head of q has slots of its own
-            times = self.num_heads // self.num_kv_heads
-            k, v, log_a, write = (t.repeat_interleave(times, 2) for t in (k, v, log_a, write))
+            k, v, log_a, write = (self._for_each_query(t) for t in (k, v, log_a, write))
         read, keys = linear_recurrence(
             q,
             k,
@@ -98,3 +97,8 @@ class GSA(Mixer):
         )
         y = self.norm(F.silu(o.flatten(-2)))
         return project(self.o_proj, y), {"keys": keys, "values": values}
+
+    def _for_each_query(self, t: Tensor) -> Tensor:
+        """[B,T,Hk,D] -> [B,T,H,D]."""
+        times = self.num_heads // self.num_kv_heads
+        return t.unsqueeze(3).expand(-1, -1, -1, times, -1).flatten(2, 3)

@@ -29,6 +29,7 @@ class SubquadCache(Cache):
         states: one `State` per layer (a dict of tensors, sequences first), None before the first
             token.
         lengths: [B] int64, real tokens read by each sequence; None before the first call.
+        read: [B] int64, real tokens read in all, those of earlier texts in the row included.
         lease: on the CUDA graph that decodes with it in generate(), if there is one.
 
     A mixer never changes a state in place, so `copy.copy(cache)` is a fork that costs nothing: the
@@ -46,6 +47,7 @@ class SubquadCache(Cache):
         self.states: list[State | None] = [None] * self.num_layers
         self.lease: Lease | None = None
         self.lengths: Tensor | None = None
+        self.read: Tensor | None = None
         # Rows that have seen nothing but padding have no state yet: what `states` holds for them
         # is filler and must not be continued.
         self.has_empty_rows = False
@@ -78,7 +80,9 @@ class SubquadCache(Cache):
         self.states = list(states)
         if self.lengths is None:
             self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+            self.read = self.lengths
         self.lengths = self.lengths + tokens
+        self.read = None if self.read is None else self.read + tokens
         self._columns += tokens
 
     def advance_packed(
@@ -107,6 +111,11 @@ class SubquadCache(Cache):
             for layer, old in enumerate(self.states)
         ]
         self._columns += int((lengths - before).max()) if columns is None else columns
+        if self.lengths is None:
+            self.read = before
+        if self.read is not None:
+            for packing, _ in results:
+                self.read = self.read.index_add(0, packing.rows, packing.cu_seqlens.diff().long())
         self.lengths = lengths
         self.has_empty_rows = bool((lengths == 0).any())
 
@@ -208,6 +217,8 @@ class SubquadCache(Cache):
         }
         if self.lengths is not None:
             tensors["lengths"] = self.lengths
+        if self.read is not None:
+            tensors["read"] = self.read
         metadata = {
             "format": _FORMAT,
             "num_layers": str(self.num_layers),
@@ -243,6 +254,7 @@ class SubquadCache(Cache):
         cache = cls(int(metadata["num_layers"]))
         cache._columns = int(metadata["columns"])
         cache.lengths = tensors.pop("lengths", None)
+        cache.read = tensors.pop("read", None)
         cache.has_empty_rows = cache.lengths is not None and bool((cache.lengths == 0).any())
         for name, tensor in tensors.items():
             layer, _, entry = name.partition(".")
@@ -257,6 +269,8 @@ class SubquadCache(Cache):
         ]
         if self.lengths is not None:
             self.lengths = change(self.lengths)
+        if self.read is not None:
+            self.read = change(self.read)
 
 
 def _merge(old: State | None, updates: list[tuple[Packing, State]], rows: int) -> State | None:

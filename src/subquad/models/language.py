@@ -45,6 +45,7 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        seq_idx: Tensor | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         replay: bool = False,
@@ -67,7 +68,7 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
             kwargs: for the loss, such as the Trainer's `num_items_in_batch`.
         """
         if replay and not (output_hidden_states or self.config.output_hidden_states):
-            others = (attention_mask, position_ids, inputs_embeds, labels, cu_seqlens)
+            others = (attention_mask, position_ids, inputs_embeds, labels, cu_seqlens, seq_idx)
             plain = use_cache is not False and all(x is None for x in others)
             if plain and isinstance(past_key_values, SubquadCache) and input_ids is not None:
                 logits = self._replay(input_ids, past_key_values)
@@ -81,6 +82,7 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cu_seqlens=cu_seqlens,
+            seq_idx=seq_idx,
             output_hidden_states=output_hidden_states,
             **kwargs,
         )

@@ -77,6 +77,30 @@ class Packing:
         return lengths.index_copy(0, self.final_rows, before + read)
 
 
+def check_past(attention_mask: Tensor | None, length: int, past: int, read: Tensor | None) -> None:
+    """ValueError where a mask over the past says that other tokens were read than were.
+
+    Args:
+        attention_mask: [B,past+length] or shorter; then there is nothing to check.
+        read: [B] tokens that each row of the cache has read in all; None where that is not known.
+    """
+    if attention_mask is None or read is None or past == 0 or attention_mask.ndim != 2:
+        return
+    if attention_mask.shape != (len(read), past + length):
+        return
+    claimed = (attention_mask[:, :past] != 0).sum(1)
+    wrong = (claimed != read.to(claimed.device)).nonzero().flatten()
+    if len(wrong):
+        row = int(wrong[0])
+        raise fail(
+            "attention_mask",
+            f"{int(claimed[row])} tokens in the past of sequence {row}",
+            f"{int(read[row])}, which its cache has read (generate() goes on reading a sequence "
+            "that has ended until the last of its batch has)",
+            "continue sequences that ended early by themselves, or without a cache",
+        )
+
+
 def pack(
     batch: int,
     length: int,

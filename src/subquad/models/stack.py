@@ -13,13 +13,14 @@ from transformers.utils import can_return_tuple
 from subquad.decode.cpu.decoder import Decoder
 from subquad.engines.runtime.validation import check_tensor
 from subquad.errors import fail
-from subquad.layers.norms import normed
+from subquad.layers.norms import at_least_float32, normed
 from subquad.mixers import MIXERS
 from subquad.mixers.base import Mixer, State
+from subquad.models.arguments import check_known, positions_from
 from subquad.models.block import Block
 from subquad.models.cache import SubquadCache
 from subquad.models.config import SubquadConfig
-from subquad.models.packing import Packing, pack, pack_given
+from subquad.models.packing import Packing, check_past, pack, pack_given
 from subquad.models.start import draw_missing, float32_names
 from subquad.models.tokens import embed
 
@@ -91,6 +92,7 @@ class SubquadModel(SubquadPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        seq_idx: Tensor | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -106,12 +108,17 @@ class SubquadModel(SubquadPreTrainedModel):
             use_cache: return the cache; by default, when one came in, or when not training.
             cu_seqlens: [N+1] int, the bounds of N texts laid end to end (B = 1); 0 first, T last.
                 The cache then has N sequences. (transformers' `cu_seq_lens_q` will do too.)
+            seq_idx: [B,T] int, the text that each token belongs to, as Mamba's models take it: a
+                text starts wherever it changes. In place of position_ids, and without a past.
             output_hidden_states: also return every block's input and the final output.
 
         Raises:
             ValueError: naming the argument that does not fit, and the fix.
         """
+        check_known(kwargs)
         x = self._embed(input_ids, inputs_embeds)
+        if seq_idx is not None:
+            position_ids = positions_from(seq_idx, x.shape[:2], position_ids, past_key_values)
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
         if output_hidden_states is None:
@@ -159,7 +166,7 @@ class SubquadModel(SubquadPreTrainedModel):
             )
         if self.embed_norm is not None:
             x = normed(self.embed_norm, x)
-        return x.float() if self.config.residual_in_fp32 else x
+        return at_least_float32(x) if self.config.residual_in_fp32 else x
 
     def _run(
         self, x: Tensor, past: list[State | None], cu_seqlens: Tensor | None, keep_all: bool
@@ -167,6 +174,7 @@ class SubquadModel(SubquadPreTrainedModel):
         """Run all blocks: each block's input (if keep_all) and the output; each layer's state."""
         modules = dict(self.shared.items())
         shared = [modules.get(row) for row in self.config.rows]
+        self._refuse_reentrant(past)
         if cu_seqlens is None and not keep_all:
             decoded = self.decoder(self.layers, self.norm, x, past, shared)
             if decoded is not None:
@@ -179,6 +187,24 @@ class SubquadModel(SubquadPreTrainedModel):
             x, state, carried = block(x, state, cu_seqlens, carried, module)
             states.append(state)
         return [*hidden, normed(self.norm, x)], states
+
+    def _refuse_reentrant(self, past: list[State | None]) -> None:
+        """Reentrant checkpointing follows no tensor inside a dict: gradients through states, or
+        through what layers carry to later ones, would be lost without a word."""
+        if not (self.training and torch.is_grad_enabled() and self.gradient_checkpointing):
+            return
+        checkpoint = getattr(self.layers[0], "_gradient_checkpointing_func", None)
+        if not getattr(checkpoint, "keywords", {}).get("use_reentrant"):
+            return
+        tensors = [t for state in past if state is not None for t in state.values()]
+        carries = any(getattr(block.mixer, "carries", ()) for block in self.layers)
+        if carries or any(t.requires_grad for t in tensors):
+            raise fail(
+                "use_reentrant",
+                True,
+                "False where gradients flow through states or from layer to layer",
+                'gradient_checkpointing_enable({"use_reentrant": False})',
+            )
 
     def _run_packed(
         self, x: Tensor, past: list[State | None], packings: list[Packing], keep_all: bool
@@ -232,4 +258,5 @@ def _plan(
     if bounds is not None:
         return pack_given(bounds, batch, length, attention_mask, position_ids, *known)
     past = cache.get_seq_length()
+    check_past(attention_mask, length, past, cache.read)
     return pack(batch, length, attention_mask, position_ids, past, *known)

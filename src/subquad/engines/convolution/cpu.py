@@ -16,6 +16,7 @@ from torch import Tensor
 from subquad.backend.cpu.compile import (
     address,
     array,
+    as_array,
     at,
     jit,
     over_channels,
@@ -178,7 +179,7 @@ def forward(
     """y [B,T,D] of x [B,T,D], weight [D,W], bias [D], state [S,W-1,D], all float32."""
     y = x.new_empty(x.shape, dtype=torch.float32)
     inputs = _prepare(x, weight, bias, state, cu_seqlens)
-    over_channels(_forward, x.shape[2], x.numel(), *inputs, silu, y.view(-1, x.shape[2]).numpy())
+    over_channels(_forward, x.shape[2], x.numel(), *inputs, silu, as_array(y.view(-1, x.shape[2])))
     return y
 
 
@@ -196,7 +197,7 @@ def backward(
     dx, dtaps = x.new_zeros(x.shape), x.new_zeros(weight.shape[1], D)
     dbias, dstate = x.new_zeros(D), x.new_zeros(state.shape)
     inputs = _prepare(x, weight, bias, state, cu_seqlens)
-    outputs = (g.numpy() for g in (dx.view(-1, D), dtaps, dbias, dstate))
+    outputs = (as_array(g) for g in (dx.view(-1, D), dtaps, dbias, dstate))
     over_channels(_backward, D, x.numel(), *inputs, silu, *rows(dy), *outputs)
     return dx, dtaps.t().contiguous(), dbias, dstate
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from subquad.engines.matrix.cpu import chunked as compiled
 from subquad.engines.matrix.reference import Delta, Erase, LowRank, parts
 from subquad.engines.runtime.autocast import no_autocast
 from subquad.engines.runtime.overwrite import may_overwrite
+from subquad.engines.runtime.shield import without_autocast
 
 
 def one_token_gpu(call: Call) -> tuple[Tensor, Tensor]:
@@ -54,30 +56,34 @@ def chunked_cpu(call: Call) -> tuple[Tensor, Tensor]:
     if call.bonus is None:
         o, final = compiled.chunked(q, k, v, gates, erase, call.scale, state, call.cu_seqlens)
     else:
-        bonus = call.bonus.to(call.dtype)
-        given = (q, k, v, gates, bonus, call.scale, state, call.cu_seqlens)
-        o, final = compiled.chunked_with_bonus(*given)
+
+        def run(
+            q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, bonus: Tensor, state: Tensor
+        ) -> tuple[Tensor, Tensor]:
+            given = (q, k, v, gates, bonus, call.scale, state, call.cu_seqlens)
+            return compiled.chunked_with_bonus(*given)
+
+        # Beside the compiled chunks it has products in PyTorch.
+        inputs = (q, k, v, gates, call.bonus.to(call.dtype), state)
+        o, final = without_autocast(run, inputs, q.device.type)
     return o.to(call.v.dtype), final
 
 
 def loop(call: Call) -> tuple[Tensor, Tensor]:
     """The specification, in float64."""
-    with no_autocast(call.q.device.type):
-        o, final = reference.loop(**_arguments(call, torch.float64))
+    o, final = _in_torch(call, reference.loop, torch.float64)
     return o.to(call.v.dtype), final.to(call.dtype)
 
 
 def recurrent_torch(call: Call) -> tuple[Tensor, Tensor]:
     """The same loop in the call's own precision."""
-    with no_autocast(call.q.device.type):
-        o, final = reference.loop(**_arguments(call, call.dtype))
+    o, final = _in_torch(call, reference.loop, call.dtype)
     return o.to(call.v.dtype), final
 
 
 def chunked_torch(call: Call, chunk: int) -> tuple[Tensor, Tensor]:
     """Matrix products, `chunk` tokens at a time."""
-    with no_autocast(call.q.device.type):
-        o, final = forms.chunked(**_arguments(call, call.dtype), chunk=chunk)
+    o, final = _in_torch(call, partial(forms.chunked, chunk=chunk), call.dtype)
     return o.to(call.v.dtype), final
 
 
@@ -86,25 +92,52 @@ def parallel_torch(call: Call, chunk: int) -> tuple[Tensor, Tensor]:
     # Erasing then solves a T x T system that amplifies rounding (by 1000 at T = 1000 where nothing
     # is forgotten, measured), which chunks of 64 do not.
     dtype = call.dtype if call.erase is None else torch.float64
-    with no_autocast(call.q.device.type):
-        o, final = forms.chunked(**_arguments(call, dtype), chunk=chunk)
+    o, final = _in_torch(call, partial(forms.chunked, chunk=chunk), dtype)
     return o.to(call.v.dtype), final.to(call.dtype)
 
 
-def _arguments(call: Call, dtype: torch.dtype) -> dict[str, Any]:
-    """What the loop and the chunked form take, all in one type, q scaled."""
-    along_values = call.value_log_decay
-    return {
-        "q": call.q.to(dtype) * call.scale,
-        "k": call.k.to(dtype),
-        "v": call.v.to(dtype),
-        "log_decay": None if call.log_decay is None else call.log_decay.to(dtype),
-        "erase": _cast(call.erase, dtype),
-        "bonus": None if call.bonus is None else call.bonus.to(dtype),
-        "state": _state(call, dtype),
-        "cu_seqlens": call.cu_seqlens,
-        "value_log_decay": None if along_values is None else along_values.to(dtype),
-    }
+def _in_torch(
+    call: Call, form: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`form` of the call's arguments, all in one type, q scaled; no autocast, either way."""
+
+    def run(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        value_log_decay: Tensor | None,
+        beta: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        bonus: Tensor | None,
+        state: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        given = (log_decay, value_log_decay, beta, a, b, bonus)
+        log_decay, value_log_decay, beta, a, b, bonus = (
+            x if x is None else x.to(dtype) for x in given
+        )
+        erase: Erase = None
+        if beta is not None:
+            erase = Delta(beta)
+        elif a is not None and b is not None:
+            erase = LowRank(a, b)
+        return form(
+            q=q.to(dtype) * call.scale,
+            k=k.to(dtype),
+            v=v.to(dtype),
+            log_decay=log_decay,
+            erase=erase,
+            bonus=bonus,
+            state=state.to(dtype),
+            cu_seqlens=call.cu_seqlens,
+            value_log_decay=value_log_decay,
+        )
+
+    gates = (call.log_decay, call.value_log_decay, *parts(call.erase), call.bonus)
+    inputs = (call.q, call.k, call.v, *gates, _state(call, call.dtype))
+    o, final = without_autocast(run, inputs, call.q.device.type)
+    return o, final
 
 
 def _state(call: Call, dtype: torch.dtype) -> Tensor:

@@ -39,7 +39,10 @@ def is_plain(tensors: Iterable[Tensor]) -> bool:
     if torch.compiler.is_compiling() or _is_transformed():
         return False
     grad = torch.is_grad_enabled()
-    return all(type(t) in _PLAIN and not (grad and t.requires_grad) for t in tensors)
+    # A tensor may say of its memory that it holds the negative, as `z.conj().imag` does.
+    return all(
+        type(t) in _PLAIN and not (grad and t.requires_grad) and not t.is_neg() for t in tensors
+    )
 
 
 def can_call_operators() -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from subquad.backend.cpu.compile import (
     address,
     array,
+    as_array,
     at,
     exp,
     jit,
@@ -206,7 +207,7 @@ def forward(
         _forward, channels, x.numel() * N,
         *rows(x), *rows(dt), array(A.t()), array(B.reshape(-1, N)), array(C.reshape(-1, N)),
         array(D), array(state), sequence_bounds(x.shape[0], x.shape[1], cu_seqlens),
-        y.view(-1, channels).numpy(), last_state.numpy(), checkpoints.numpy(),
+        as_array(y.view(-1, channels)), as_array(last_state), as_array(checkpoints),
     )  # fmt: skip
     return y, last_state, checkpoints
 
@@ -232,8 +233,8 @@ def backward(
         _backward, channels, x.numel() * N,
         *rows(x), *rows(dt), array(A.t()), array(B.reshape(-1, N)), array(C.reshape(-1, N)),
         array(D), sequence_bounds(x.shape[0], x.shape[1], cu_seqlens), array(checkpoints),
-        *rows(dy), dx.view(-1, channels).numpy(), ddt.view(-1, channels).numpy(),
-        dA.numpy(), dD.numpy(), dstate.numpy(),
+        *rows(dy), as_array(dx.view(-1, channels)), as_array(ddt.view(-1, channels)),
+        as_array(dA), as_array(dD), as_array(dstate),
     )  # fmt: skip
     dB = torch.from_numpy(sum(share[0] for share in shares)).view(B.shape)
     dC = torch.from_numpy(sum(share[1] for share in shares)).view(C.shape)
