@@ -33,6 +33,7 @@ _EXPORTS = {
     "ROWS": "subquad.table",
     "Row": "subquad.table",
     "fast_paths": "subquad.backend.fast_paths",
+    "checks": "subquad.backend.checks",
     "SubquadCache": "subquad.models",
     "SubquadConfig": "subquad.models",
     "SubquadForCausalLM": "subquad.models",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from subquad.backend.checks import are_checks_on
 from subquad.engines.matrix.call import Call, recurrence_of
 from subquad.engines.matrix.plan import Plan, make_plan
 from subquad.engines.matrix.reference import Erase
+from subquad.engines.matrix.values import check_values
 from subquad.engines.runtime.explanation import Explanation, tell, watched
 from subquad.engines.runtime.overrides import overridable
 
@@ -78,6 +80,8 @@ def linear_recurrence(
     (arXiv:2406.06484); bonus, Peng et al. 2024 (RWKV-5/6, arXiv:2404.05892).
     """
     call = Call.checked(q, k, v, log_decay, erase, bonus, scale, state, cu_seqlens, value_log_decay)
+    if are_checks_on():
+        check_values(call)
     plan = make_plan(call, form, impl)
     if watched():
         tell(explanation_of(call, plan))
@@ -106,6 +110,12 @@ def explain(
     return explanation_of(call, make_plan(call, form, impl))
 
 
+_NOTES = {
+    "delta": "stable only where beta |k|^2 <= 2: give keys norm 1 (subquad.checks(True) looks)",
+    "low_rank": "nothing keeps it stable but a and b",
+}
+
+
 def explanation_of(call: Call, plan: Plan) -> Explanation:
     """The plan in words."""
     kind = recurrence_of(call)
@@ -121,5 +131,6 @@ def explanation_of(call: Call, plan: Plan) -> Explanation:
         forms=kind.forms,
         state_shape=(N, *kind.state_shape(H, K, V)),
         state_bytes=N * H * K * V * call.dtype.itemsize,
+        note=_NOTES.get(kind.erase, ""),
         flops_per_token=kind.flops_per_token(H, K, V, plan.form, plan.chunk, call.q.shape[1]),
     )

@@ -21,6 +21,7 @@ class Explanation:
         forms: all forms that exist for this recurrence.
         state_shape, state_bytes: of all sequences of the batch together.
         flops_per_token: floating-point operations of the forward pass for one token.
+        note: what the caller must see to, if anything.
     """
 
     recurrence: str
@@ -34,8 +35,10 @@ class Explanation:
     state_shape: tuple[int, ...]
     state_bytes: int
     flops_per_token: int
+    note: str = ""
 
     def __str__(self) -> str:
+        note = [f"note        {self.note}"] if self.note else []
         chunk = "" if self.chunk is None else f", chunks of {self.chunk}"
         return "\n".join(
             [
@@ -46,6 +49,7 @@ class Explanation:
                 f"forms       {', '.join(self.forms)}",
                 f"state       {list(self.state_shape)}, {self.state_bytes:,} bytes",
                 f"work        {self.flops_per_token:,} floating-point operations a token",
+                *note,
             ]
         )
 
