@@ -80,7 +80,8 @@ def ours(
     log_decay: Tensor | None,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    return matrix.linear_recurrence(q, k, v, log_decay, cu_seqlens=cu_seqlens)[0]
+    scale = q.shape[-1] ** -0.5
+    return matrix.linear_recurrence(q, k, v, log_decay, scale=scale, cu_seqlens=cu_seqlens)[0]
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, gate: None) -> Tensor:

@@ -58,7 +58,8 @@ Run = Callable[..., tuple[Tensor, Tensor]]
 
 
 def kernels(q, k, v, log_decay, bonus, state, cu_seqlens):
-    return matrix.linear_recurrence(q, k, v, log_decay, bonus, None, state, cu_seqlens)
+    scale = q.shape[3] ** -0.5
+    return matrix.linear_recurrence(q, k, v, log_decay, bonus, scale, state, cu_seqlens)
 
 
 def _torch_form(form, q, k, v, log_decay, bonus, state, cu_seqlens, *options):

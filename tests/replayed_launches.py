@@ -16,15 +16,9 @@ from subquad.engines.matrix.gpu import (
     layout,
     passes,
 )
-from subquad.engines.matrix.gpu import (
-    scan as matrix,
-)
-from subquad.engines.matrix.gpu import (
-    shared_keys as shared,
-)
-from subquad.engines.matrix.gpu import (
-    step as matrix_step,
-)
+from subquad.engines.matrix.gpu import scan as matrix
+from subquad.engines.matrix.gpu import shared_keys as shared
+from subquad.engines.matrix.gpu import step as matrix_step
 from subquad.engines.norm import gpu as norm
 from subquad.engines.selective import gpu as scan
 from subquad.engines.step_size import gpu as timestep

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from subquad import SubquadConfig, SubquadForCausalLM, auto
+from subquad import SubquadConfig, SubquadForCausalLM, registration
 
 LOAD = (
     "import sys; from transformers import AutoConfig, AutoModelForCausalLM; folder = sys.argv[1]; "
@@ -24,7 +24,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "first", ["import subquad", "import transformers.models.auto.configuration_auto, subquad"]
+    "first",
+    [  # in the first, our models could not be imported while transformers is importing its own
+        "import subquad; from transformers import PreTrainedModel",
+        "import transformers.models.auto.configuration_auto, subquad",
+    ],
 )
 def test_importing_subquad_is_enough(folder, first):
     done = subprocess.run(
@@ -36,8 +40,8 @@ def test_importing_subquad_is_enough(folder, first):
 def test_a_table_that_has_changed_is_left_alone():
     import types
 
-    auto.promise(types.ModuleType("configuration_auto"))
+    registration.promise(types.ModuleType("configuration_auto"))
     table = types.ModuleType("configuration_auto")
     table.CONFIG_MAPPING = {}
-    auto.promise(table)
+    registration.promise(table)
     assert table.CONFIG_MAPPING == {}

@@ -55,6 +55,8 @@ def test_a_file_without_a_sum_still_loads(saved, tmp_path):
         ({"tensors": {"0.a": torch.tensor(1.0)}}, r"0.a has shape \[\]"),
         ({"tensors": {"lengths": torch.ones(2)}}, "lengths are no counts"),
         ({"tensors": {"lengths": torch.tensor([3, -1])}}, "lengths are no counts"),
+        ({"tensors": {"read": torch.tensor([3, -1])}}, "read are no counts"),
+        ({"tensors": {"read": torch.tensor([3])}}, "read are no counts"),
     ],
 )
 def test_what_save_does_not_write_is_refused(saved, tmp_path, changes, message):

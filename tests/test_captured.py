@@ -144,8 +144,8 @@ def test_a_failed_capture_of_decoding_leaves_the_stream_as_it_was(current, monke
             return tokens, states
 
     monkeypatch.setattr(torch.cuda, "Event", Stream)
-    monkeypatch.setattr(graph, "_side_stream", Stream)
-    monkeypatch.setattr(graph, "_of_our_rows", lambda model, states: [])
+    monkeypatch.setattr(graph, "side_stream", Stream)
+    monkeypatch.setattr(graph, "_writable", lambda model, states: [])
     before = current[0]
     with pytest.raises(RuntimeError, match="not permitted"):
         graph.StepGraph(Model(), torch.zeros(1, 1), [{"recurrent": torch.zeros(2)}])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from awake import awake
 from subquad.mixers import MIXERS
 from subquad.models import SubquadCache, SubquadConfig, SubquadForCausalLM
 
@@ -47,7 +48,7 @@ class Reader:
             intermediate_size=32,
             mixer_options={row: OPTIONS[row] for row in set(layers) & set(OPTIONS)},
         )
-        self.model = SubquadForCausalLM(config).eval()
+        self.model = awake(SubquadForCausalLM(config)).eval()
         rng = random.Random(1)
         lengths = [1, 2, LONGEST, *(rng.randint(1, LONGEST) for _ in range(TEXTS - 3))]
         self.texts = [torch.tensor([rng.randrange(VOCAB) for _ in range(n)]) for n in lengths]

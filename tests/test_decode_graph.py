@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from subquad import SubquadConfig, SubquadForCausalLM
-from subquad.decode.fingerprint import shown
+from subquad.decode.fingerprint import Fingerprint, runs_hooks
 from subquad.decode.gpu import graph as graphs_module
 from subquad.decode.gpu.graph import MOST_IDLE, _Shelf
 from subquad.engines.runtime.overwrite import may_overwrite, overwriting_states
@@ -71,7 +71,7 @@ def test_a_row_of_somebody_elses_keeps_the_states_it_was_given():
     model = build()
     model.model.layers[1].mixer.__class__ = type("Theirs", (GatedDeltaNet,), {})
     states = [{"recurrent": torch.zeros(1)}, {"recurrent": torch.zeros(1)}]
-    (ours,) = graphs_module._of_our_rows(model, states)
+    (ours,) = graphs_module._writable(model, states)
     assert ours is states[0]["recurrent"]
 
 
@@ -80,7 +80,9 @@ class Graph:
 
     def __init__(self, model, serves=lambda: True):
         self.weights = [(weakref.ref(p), p.data_ptr()) for p in model.parameters()]
-        self.asked, self.shown = serves, shown(model)
+        self.asked, self.fingerprint = serves, Fingerprint([model], model, outer=model)
+
+    computes = graphs_module.StepGraph.computes
 
     def serves(self, tokens, states):
         return self.asked()
@@ -272,18 +274,18 @@ def test_whatever_changes_what_a_model_computes_is_seen(change, monkeypatch):
     model.other = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
     model.kind, model.activation = torch.bfloat16, torch.nn.functional.silu
     model.config = SubquadConfig(layers=["gla"], hidden_size=32, residual_in_fp32=False)
-    before = shown(model)
-    assert shown(model) == before
+    before = Fingerprint([model], model, outer=model)
+    assert not before.changed(model)
     change(model, monkeypatch)
-    assert shown(model) != before
+    assert before.changed(model)
 
 
 def test_a_model_all_of_whose_modules_are_watched_is_stepped_through():
     model = Switched()
     hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
-    assert shown(model) is None
+    assert runs_hooks(model)
     hook.remove()
-    assert shown(model) is not None
+    assert not runs_hooks(model)
 
 
 @torch.no_grad()
@@ -350,7 +352,7 @@ class Captured(graphs_module.StepGraph):
     def __init__(self):
         self.tokens, self.logits = torch.zeros(1, 1), torch.zeros(1, 1, 3)
         self.states = [{"recurrent": torch.zeros(2), "conv": torch.zeros(3)}]
-        self.flat, self.ours = graphs_module._flat(self.states), []
+        self.flat, self.writable = graphs_module._flat(self.states), []
 
 
 @torch.no_grad()
@@ -434,9 +436,9 @@ def test_a_graph_that_a_cache_holds_is_looked_at_when_other_states_come():
 def test_generating_changes_nothing_that_a_graph_looks_at():
     model = build()
     model.generate(torch.arange(6)[None], max_new_tokens=3, do_sample=False)
-    before = shown(model)
+    before = Fingerprint([model], model, outer=model)
     model.generate(torch.arange(6)[None], max_new_tokens=3, do_sample=False)
-    assert before and shown(model) == before
+    assert not before.changed(model)
 
 
 class Repeated(graphs_module.StepGraph):
@@ -445,11 +447,12 @@ class Repeated(graphs_module.StepGraph):
     made: ClassVar[list] = []
 
     def __init__(self, model, tokens, states):
-        self.settings, self.shown = graphs_module._settings(tokens), shown(model)
+        self.settings = graphs_module._settings(tokens)
+        self.fingerprint = Fingerprint([model], model, outer=model)
         self.weights = [(weakref.ref(p), p.data_ptr()) for p in model.parameters()]
         self.tokens = tokens.clone()
         self.states = [{n: t.clone() for n, t in state.items()} for state in states]
-        self.flat, self.ours = graphs_module._flat(self.states), []
+        self.flat, self.writable = graphs_module._flat(self.states), []
         self.model = weakref.ref(model)
         self.made.append(self)
 

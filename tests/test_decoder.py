@@ -26,7 +26,6 @@ from subquad.engines.projection.cpu import linear
 from subquad.mixers import MIXERS
 from subquad.models import SubquadConfig, SubquadForCausalLM
 
-TRACED = ["deltanet", "gated_deltanet", "gla", "linear_attention", "mamba", "mamba2"]
 OPTIONS = {
     "deltanet": {"allow_negative_eigenvalues": True, "conv_width": 3, "num_heads": 2},
     "gated_deltanet": {"num_heads": 2, "num_v_heads": 4, "head_dim": 8, "conv_width": 1},
@@ -34,7 +33,13 @@ OPTIONS = {
     "linear_attention": {"feature_map": "relu", "normalise": False, "num_heads": 2},
     "mamba": {"bias": True, "conv_bias": False, "state_size": 5},
     "mamba2": {"bias": True, "head_dim": 16, "state_size": 24, "num_groups": 2},
+    "gsa": {"num_heads": 2, "num_kv_heads": 1, "num_slots": 5},
+    "hgrn2": {"num_heads": 2, "lower_bounds": False},
+    "lightning_attention": {"num_heads": 2, "head_dim": 12},
+    "mlstm": {"num_heads": 2, "expand": 1},
+    "rwkv7": {"head_dim": 16, "gate_rank": 5},
 }
+TRACED = sorted(OPTIONS)
 HYBRID = ["gated_deltanet", "gla", "softmax_attention", "mamba", "retnet", "mamba2"]
 
 

@@ -22,7 +22,7 @@ from test_decoder import IDS, build, calls, close, decode  # noqa: F401
 def traced(model: nn.Module) -> list[bool]:
     """Of each block."""
     pieces = model.model.decoder._pieces
-    return [piece.trace is not None for piece in pieces for _ in piece.blocks]
+    return [piece.trace is not None for piece in pieces for _ in piece.layers]
 
 
 def undecoded(model: nn.Module) -> nn.Module:
@@ -471,7 +471,7 @@ def test_an_interrupted_trace_is_made_again(monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(decoder, "Look", interrupt)
+        patch.setattr(decoder, "Fingerprint", interrupt)
         decode(model)
     norm.eps = was
     assert torch.equal(decode(model), want)

@@ -1,16 +1,22 @@
 """The documentation is true: every Python block of every page runs, and its tables are current.
 
 Blocks fenced as ```python run from top to bottom in one namespace a page, with the page's own line
-numbers in tracebacks. (```py is for code that is only shown.) A table between
+numbers in tracebacks, in an empty folder. (```py is for code that is only shown.) A table between
 
     <!-- table: NAME -->        and        <!-- end of table -->
 
-is made from the code by the function TABLES[NAME]. `python tests/test_docs.py` writes them anew.
+is made from the code by the function TABLES[NAME]. `python tests/test_docs.py` writes them anew,
+and with them how many rows there are, wherever a page says it.
 """
 
 import ast
+import importlib
+import importlib.util
+import inspect
 import json
 import re
+import shutil
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -20,21 +26,28 @@ from types import CodeType
 
 import pytest
 import torch
+import yaml
 
+import subquad
 from subquad.arena.scaling.report import exponent_text
 from subquad.arena.scaling.results import QUANTITIES, Exponent
 from subquad.mixers import MIXERS
-from subquad.table import ROWS, Row
+from subquad.table import ROWS, Recurrence, Row
 from subquad.tasks import TASKS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 FENCED = re.compile(r"^```.*?^```$", re.M | re.S)
 INLINE = re.compile(r"`[^`\n]*`")
 LINK = re.compile(r"\]\((?!\w+:)([^)#\s]*)#?([^)\s]*)\)")
 TABLE = re.compile(r"(?<=<!-- table: )(\w+)( -->\n)(.*?)(?=<!-- end of table -->)", re.S)
+COUNT = re.compile(r"\b\d+(?= rows run\b| of the \d+ rows run\b)")
+LISTED = re.compile(r"(?<=rows run today, )\d+(?= are listed)|(?<=\d of the )\d+(?= rows run)")
+ARXIV = re.compile(r"(?<!\[)(?<!\babs/)arXiv:\d{4}\.\d{4,5}")
+FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<![\\$`\w])\$(?=\S)([^$\n]+?)(?<=\S)\$(?![\d$])", re.S)
 
 
 def blocks(page: Path) -> Iterator[CodeType]:
@@ -52,8 +65,9 @@ def run(page: Path) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _leave_no_rows_behind() -> Iterator[None]:
-    """Pages may register mixers of their own; other tests must not meet them."""
+def _leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Pages may register mixers of their own and write files; other tests must not meet them."""
+    monkeypatch.chdir(tmp_path)
     before = dict(MIXERS), dict(ROWS)
     yield
     for registry, entries in zip((MIXERS, ROWS), before):
@@ -61,7 +75,7 @@ def _leave_no_rows_behind() -> Iterator[None]:
         registry.update(entries)
 
 
-ALL_PAGES = [README, *sorted(DOCS.glob("*.md"))]
+ALL_PAGES = [README, CONTRIBUTING, *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("reference/*.md"))]
 PAGES = [page for page in ALL_PAGES if BLOCK.search(page.read_text("utf-8"))]
 
 
@@ -94,7 +108,68 @@ def slug(heading: str) -> str:
 
 
 def test_the_pages_that_promise_to_run_do_have_code() -> None:
-    assert {"add-a-row", "annotated-recurrence", "state-spaces"} <= {page.stem for page in PAGES}
+    promised = {"README", "quickstart", "choose", "add-a-row", "annotated-recurrence"}
+    promised |= {"why-selection", "state-spaces", "tasks"}
+    assert promised <= {page.stem for page in PAGES}
+
+
+def test_arxiv_ids_are_links() -> None:
+    for page in ALL_PAGES:
+        prose = INLINE.sub("", FENCED.sub("", page.read_text("utf-8")))
+        assert not ARXIV.findall(prose), f"{page.name}: [arXiv:ID](https://arxiv.org/abs/ID)"
+
+
+def test_the_site_links_arxiv_ids_in_docstrings_too() -> None:
+    spec = importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py")
+    assert spec and spec.loader
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    link = '<a href="https://arxiv.org/abs/2405.21060">arXiv:2405.21060</a>'
+    assert hooks.on_page_content("<p>(arXiv:2405.21060)</p>") == f"<p>({link})</p>"
+    for kept in (link, "<pre><code>arXiv:2405.21060</code></pre>"):
+        assert hooks.on_page_content(kept) == kept
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == subquad.__version__
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+
+
+def formulas(page: Path) -> list[str]:
+    prose = INLINE.sub("", FENCED.sub("", page.read_text("utf-8")))
+    return [display or inline for display, inline in FORMULA.findall(prose)]
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node to run KaTeX")
+def test_formulas_can_be_set() -> None:
+    found = {formula: page.name for page in ALL_PAGES for formula in formulas(page)}
+    assert len(found) > 100
+    script = """
+        const katex = require(process.argv[1]), read = require("fs").readFileSync(0, "utf8");
+        for (const [formula, page] of Object.entries(JSON.parse(read)))
+            try { katex.renderToString(formula, {throwOnError: true, strict: "error"}); }
+            catch (error) { console.log(page + ": " + formula + ": " + error.message); }
+    """
+    command = ["node", "-e", script, str(DOCS / "assets" / "katex" / "katex.min.js")]
+    run = subprocess.run(
+        command, input=json.dumps(found), text=True, encoding="utf-8", capture_output=True
+    )
+    assert (run.returncode, run.stdout) == (0, ""), run.stdout + run.stderr
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    described = set()
+    for page in DOCS.glob("reference/*.md"):
+        for place in re.findall(r"^::: (\S+)$", page.read_text("utf-8"), re.M):
+            module, _, name = place.rpartition(".")
+            described.add(id(getattr(importlib.import_module(module), name)))
+    rooms = ("", ".mixers", ".models", ".ssm", ".tasks", ".train", ".generate", ".arena")
+    for room in (importlib.import_module(f"subquad{room}") for room in rooms):
+        for name in room.__all__:
+            thing = getattr(room, name)
+            if inspect.isclass(thing) or inspect.isfunction(thing):
+                assert id(thing) in described, f"{room.__name__}.{name} is in no reference page"
 
 
 def test_a_false_claim_fails_at_its_own_line(tmp_path: Path) -> None:
@@ -122,7 +197,7 @@ def rows_that_run() -> str:
     for name, row in ROWS.items():
         if name in MIXERS:
             short, long = (_kib(_state_bytes(name, tokens)) for tokens in (SHORT, LONG))
-            what = (f"`{name}`", row.engine, _decay(row), _erase(row), short, long, row.paper)
+            what = (f"`{name}`", row.engine, _decay(row), _erase(row), short, long, paper(row))
             lines.append(f"| {' | '.join(what)} |")
     return "\n".join(lines) + "\n"
 
@@ -133,36 +208,154 @@ def rows_to_come() -> str:
     return (", ".join(idle) + "." if idle else "None: every row runs.") + "\n"
 
 
+def runs_in_plain_pytorch(kind: Recurrence, device: str) -> bool:
+    """Whether whole sequences of this kind have no compiled code of ours on the device."""
+    along_values = kind.decay in ("fixed_value", "token_value", "token_key_value")
+    erases = {"cpu": kind.erase == "low_rank", "gpu": kind.erase != "none"}[device]
+    return kind.engine in ("invariant", "nonlinear") or along_values or erases
+
+
 def readme_rows() -> str:
-    """The formulas of the rows that run."""
-    lines = ["| Row | Keeps and writes | Reads | State | Paper |", "|---|---|---|---|---|"]
+    """The rows that run, and by what; those to come in one line."""
+    lines = [
+        "| Row | Keeps and writes | CPU | GPU | Streams | Paper |",
+        "|---|---|:-:|:-:|:-:|---|",
+    ]
     for name, row in ROWS.items():
         if name in MIXERS:
-            # A bar in a formula would end the table's cell.
-            write, read = (formula.replace("|", "\\|") for formula in (row.write, row.read))
-            lines.append(f"| `{name}` | {write} | {read} | {row.state} | {row.paper} |")
+            ticks = [
+                "○" if any(runs_in_plain_pytorch(kind, device) for kind in row.recurrences) else "✓"
+                for device in ("cpu", "gpu")
+            ]
+            write = row.write.replace("|", "\\|")
+            streams = "grows" if row.state_grows else "✓"
+            lines.append(f"| {' | '.join((f'`{name}`', write, *ticks, streams, paper(row)))} |")
+    coming = [f"`{name}`" for name in ROWS if name not in MIXERS]
+    if coming:
+        lines.append(f"| *{len(coming)} to come* | {', '.join(coming)} | | | | |")
     return "\n".join(lines) + "\n"
+
+
+def paper(row: Row) -> str:
+    return re.sub(r"arXiv:(\S+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", row.paper)
+
+
+def all_rows() -> str:
+    """Everything the table knows of every row, formulas as LaTeX."""
+    heads = (
+        "Row",
+        "Runs",
+        "Keeps and writes",
+        "Reads",
+        "State",
+        "Train",
+        "Decode",
+        "Notes",
+        "Paper",
+    )
+    lines = [f"| {' | '.join(heads)} |", "|---|:-:|" + "---|" * (len(heads) - 2)]
+    for name, row in ROWS.items():
+        runs = "✓" if name in MIXERS else "to come"
+        maths = map(latex, (row.write, row.read, row.state, row.train, row.decode, row.features))
+        lines.append(f"| {' | '.join((f'`{name}`', runs, *maths, paper(row)))} |")
+    return "\n".join(lines) + "\n"
+
+
+SYMBOLS = {
+    "\u1e7c": r"\tilde{V}", "\u1e8c": r"\ddot{X}", "K\u0303": r"\tilde{K}", "B\u0304": r"\bar{B}",
+    "\u0100": r"\bar{A}", "\u1d40": r"^\top", "\u2299": r"\odot", "·": r"\cdot", "\u2217": "*",
+    "Σ": r"\sum", "≤": r"\le", "≥": r"\ge", "²": "^2", "₀": "_0", "₁": "_1", "₂": "_2",
+    "α": r"\alpha", "β": r"\beta", "γ": r"\gamma", "η": r"\eta", "κ": r"\kappa", "σ": r"\sigma",
+    "φ": r"\phi", "Δ": r"\Delta", "|": r"\vert",
+}  # fmt: skip
+OPERATORS = "exp|max|tanh|log|sin|cos"
+FUNCTIONS = "diag|softmax|silu|elu|relu|conv|logsigmoid|Re|SSM"
+PIECE = re.compile(
+    rf"(?P<index>_\{{[^}}]*\}}|_[A-Za-z0-9]+)|(?P<root>√\w)"
+    r"|(?P<keys>\bHk\b)|(?P<product>(?<! )·(?! ))"
+    rf"|\b(?P<operator>{OPERATORS})(?![a-z])|\b(?P<function>{FUNCTIONS})(?![a-z])"
+    rf"|(?P<words>'s\b|HiPPO|[A-Za-z0-9-]*[a-z]{{2,}}[\w-]*|\ba\b(?= [a-z]))|(?P<gap>,\s\s+)"
+    rf"|(?P<symbol>{'|'.join(map(re.escape, SYMBOLS))})"
+)
+
+
+def latex(formula: str) -> str:
+    """A formula of the table, as LaTeX between dollars; the words between stay words."""
+    if not formula:
+        return ""
+    text = re.sub(r"\$\s*\$", " ", f"${PIECE.sub(_piece, formula)}$")
+    text = re.sub(r"\$\s*([^$]*?)\s*\$", r"$\1$", text)
+    text = re.sub(r"\s*\$([,;:])\s*", r"\1 $", text)  # punctuation after a word is the sentence's
+    text = re.sub(r"\s*([,;:])\$(?=\s)", r"$\1", text)
+    return re.sub(r"\s+", " ", text.replace("$$", "")).strip()
+
+
+def _piece(found: re.Match[str]) -> str:
+    text = found[0]
+    match found.lastgroup:
+        case "index":
+            inner = text[1:].strip("{}")
+            if inner.isalpha() and len(inner) > 2:
+                return rf"_{{\mathrm{{{inner}}}}}"
+            inner = inner if inner.isalpha() else PIECE.sub(_piece, inner)
+            return f"_{inner}" if len(inner) == 1 else f"_{{{inner}}}"
+        case "root":
+            return rf"\sqrt{{{text[1:]}}}"
+        case "keys":
+            return "H_k"
+        case "product":
+            return r"\,"
+        case "operator":
+            return rf"\{text}"
+        case "function":
+            return rf"\mathrm{{{text}}}"
+        case "words":
+            return f"${text} $" if text == "'s" else f"$ {text} $"
+        case "gap":
+            return r",\quad "
+    return SYMBOLS[text] + (" " if SYMBOLS[text][-1].isalpha() else "")
 
 
 def tree() -> str:
     """Every module with the first sentence of its docstring."""
     package = ROOT / "src" / "subquad"
-    lines = ["```", "src/subquad/"]
-    for folder in (package, *sorted(path.parent for path in package.glob("*/__init__.py"))):
-        files = {file.name: _first_sentence(file) for file in sorted(folder.glob("*.py"))}
-        about, indent = files.pop("__init__.py"), "  "
-        if folder != package:
-            lines.append(f"  {folder.name + '/':<28} {about}")
-            indent = "    "
-        lines += [f"{indent}{name:<{30 - len(indent)}} {text}" for name, text in files.items()]
-    return "\n".join([*lines, "```"]) + "\n"
+    return "\n".join(["```", "src/subquad/", *_folder(package, "  "), "```"]) + "\n"
+
+
+def _folder(folder: Path, indent: str) -> Iterator[str]:
+    for path in sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path.name)):
+        inside = path / "__init__.py"
+        if path.is_dir() and inside.exists():
+            yield f"{indent + path.name + '/':<32} {_first_sentence(inside)}"
+            yield from _folder(path, indent + "  ")
+        elif path.suffix == ".py" and path.name != "__init__.py":
+            yield f"{indent + path.name:<32} {_first_sentence(path)}"
 
 
 def _first_sentence(module: Path) -> str:
     text = ast.get_docstring(ast.parse(module.read_text("utf-8")))
     assert text, f"{module} says nowhere what it is for"
     paragraph = " ".join(text.split("\n\n")[0].split())
-    return re.split(r"(?<=[a-z0-9)`])\. ", paragraph)[0].rstrip(".")
+    return re.split(r"(?<=[a-z0-9)`])(?<!\bal)\. ", paragraph)[0].rstrip(".")
+
+
+def demo() -> str:
+    """What the demo last found."""
+    report = json.loads((DOCS / "results" / "demo.json").read_text("utf-8"))
+    lines = [
+        "| row | held-out bits/byte | train, tokens/s | decode, tokens/s at 128 / 2k / 16k "
+        "| cache at 128 / 2k / 16k |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for row in report["summary"]:
+        speeds = " / ".join(f"{x:,.0f}" for x in row["decode_tokens_per_second"].values())
+        sizes = list(dict.fromkeys(_kib(x) for x in row["cache_bytes"].values()))
+        cells = (
+            row["row"], f"{row['heldout_bits_per_byte']:.3f}",
+            f"{row['train_tokens_per_second']:,.0f}", speeds, " / ".join(sizes),
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def cpu_results() -> str:
@@ -174,7 +367,8 @@ def task_rows() -> str:
     """What each task measures, who solves it, where it is from."""
     lines = ["| Task | Measures | Solved by | From |", "|---|---|---|---|"]
     for name, cls in TASKS.items():
-        lines.append(f"| `{name}` | {cls.measures} | {cls.solved_by} | {cls.source} |")
+        source = re.sub(r"arXiv:([\d.]+\d)", r"[arXiv:\1](https://arxiv.org/abs/\1)", cls.source)
+        lines.append(f"| `{name}` | {cls.measures} | {cls.solved_by} | {source} |")
     return "\n".join(lines) + "\n"
 
 
@@ -203,7 +397,7 @@ def scaling(machine: str) -> str:
     for row in record["rows"]:
         fits = [row["exponents"][v][q] for v in ("T", "d") for q in QUANTITIES]
         fits = [Exponent(fit["value"], fit["error"], 0, 0) for fit in fits]
-        claim = f"{ROWS[row['row']].train}, {ROWS[row['row']].decode}"
+        claim = f"{latex(ROWS[row['row']].train)}, {latex(ROWS[row['row']].decode)}"
         cells = (f"`{row['row']}`", claim, *map(exponent_text, fits))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -370,7 +564,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "rows_that_run": rows_that_run,
     "rows_to_come": rows_to_come,
     "readme_rows": readme_rows,
+    "all_rows": all_rows,
     "tree": tree,
+    "demo": demo,
     "cpu_results": cpu_results,
     "tasks": task_rows,
     "evidence": evidence,
@@ -398,6 +594,8 @@ def _decay(row: Row) -> str:
         "fixed_element": "fixed, an element",
         "token_head": "by token, a head",
         "token_key": "by token, a key channel",
+        "fixed_value": "fixed, a value channel",
+        "token_value": "by token, a value channel",
         "token_key_value": "by token, key and value channel",
         "token_element": "by token, an element",
     }[row.recurrence.decay]
@@ -419,11 +617,20 @@ def _kib(size: int) -> str:
 
 
 def with_current_tables(text: str) -> str:
+    text = COUNT.sub(str(len([name for name in ROWS if name in MIXERS])), text)
+    text = LISTED.sub(str(len(ROWS)), text)
     return TABLE.sub(lambda found: f"{found[1]}{found[2]}\n{TABLES[found[1]]()}\n", text)
 
 
 def pages_with_tables() -> list[Path]:
-    return [page for page in ALL_PAGES if TABLE.search(page.read_text("utf-8"))]
+    made = (TABLE, COUNT, LISTED)
+    return [page for page in ALL_PAGES if any(x.search(page.read_text("utf-8")) for x in made)]
+
+
+def test_the_readme_is_short_and_says_how_many_rows_run() -> None:
+    text = README.read_text("utf-8")
+    assert len(text.splitlines()) <= 150
+    assert COUNT.search(text) and LISTED.search(text)
 
 
 def test_tables_are_current() -> None:

@@ -15,6 +15,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from awake import awake
 from subquad.mixers import MIXERS
 from subquad.models import ByteTokenizer, SubquadConfig, SubquadForCausalLM
 
@@ -120,7 +121,7 @@ def test_collators_that_flatten_for_flash_attention(tmp_path) -> None:
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("layers", [[row] for row in MIXERS] + [HYBRID], ids="+".join)
 def test_lora_trains_saves_loads_and_merges(layers, tmp_path) -> None:
-    base = build(layers)
+    base = awake(build(layers))
     ids = torch.tensor(ByteTokenizer()(TEXTS[:1])["input_ids"])
     before = base.eval()(ids).logits.detach()
     options = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -145,7 +146,7 @@ def test_lora_trains_saves_loads_and_merges(layers, tmp_path) -> None:
     with torch.no_grad():  # alike on both sides: where a graph is recorded other code runs
         trained = model(ids).logits
         assert (trained - before).abs().max() > 1e-2
-        loaded = PeftModel.from_pretrained(build(layers), tmp_path).eval()
+        loaded = PeftModel.from_pretrained(awake(build(layers)), tmp_path).eval()
         assert torch.equal(loaded(ids).logits, trained)
     merged = loaded.merge_and_unload()
     assert type(merged) is SubquadForCausalLM

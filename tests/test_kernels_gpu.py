@@ -190,8 +190,8 @@ def test_opcheck_and_compile(gate):
     torch.library.opcheck(matrix.scan_forward.op, (*inputs, None, 0.3))
     compiled = torch.compile(lambda *a: matrix.linear_recurrence(*a), fullgraph=True)
     q, k, v, log_decay, bonus, state = inputs
-    o, final = compiled(q, k, v, log_decay, bonus, None, state)
-    same, also = matrix.linear_recurrence(q, k, v, log_decay, bonus, None, state)
+    o, final = compiled(q, k, v, log_decay, bonus, 0.3, state)
+    same, also = matrix.linear_recurrence(q, k, v, log_decay, bonus, 0.3, state)
     assert torch.equal(o, same) and torch.equal(final, also)
 
 
@@ -209,6 +209,6 @@ def test_the_public_function_takes_them():
     inputs = Case("[B,T,H,K]", T=100, K=64, V=64, dtype=BF16).inputs("cuda")
     q, k, v, gate, _, state = inputs.values()
     o, final = subquad.linear_recurrence(q, k, v, log_decay=gate, state=state)
-    same, also = matrix.linear_recurrence(q, k, v, gate, None, None, state)
+    same, also = matrix.linear_recurrence(q, k, v, gate, None, 64**-0.5, state)
     assert torch.equal(o, same) and torch.equal(final, also)
     assert "scan (decay per key channel)" in str(subquad.explain(q, k, v, log_decay=gate))

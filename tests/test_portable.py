@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from subquad import files
-from subquad.train.lock import take_lock
 
 PACKAGE = Path(files.__file__).parent
 ROOMS = ("cli", "arena", "train", "generate", "tasks")
@@ -62,8 +61,8 @@ def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeyp
 
 
 def test_a_lock_is_taken_once(tmp_path):
-    held = take_lock(tmp_path / ".lock")
+    held = files.take_lock(tmp_path / ".lock")
     with pytest.raises(OSError):
-        take_lock(tmp_path / ".lock")
+        files.take_lock(tmp_path / ".lock")
     os.close(held)
-    os.close(take_lock(tmp_path / ".lock"))
+    os.close(files.take_lock(tmp_path / ".lock"))

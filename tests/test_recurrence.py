@@ -408,7 +408,7 @@ def test_specs_derive_and_refuse():
     assert Recurrence(decay="fixed_head").time_invariant
     assert not Recurrence(decay="token_key").time_invariant
     assert not Recurrence(erase="delta").time_invariant
-    assert Recurrence(read_out="normalised").state_shape(4, 8, 16) == (4, 8, 17)
+    assert Recurrence(read_out="normalised").state_shape(4, 8, 16) == (4, 8, 16)
     assert Recurrence(engine="diagonal", decay="token_element").forms == ("recurrent", "scan")
     for wrong in (
         {"engine": "matrixx"},

@@ -44,6 +44,13 @@ OPERATIONS = {
     "relu": lambda x, z: F.relu(x) + z.relu(),
     "gelu": lambda x, z: F.gelu(x),
     "glu": lambda x, z: F.glu(x),
+    "tanh abs": lambda x, z: x.tanh() + torch.abs(z) * x.detach(),
+    "log": lambda x, z: (x.abs() + 1e-3).log() + torch.log1p(z.abs() * 1e-4) + z.square(),
+    "logaddexp": lambda x, z: torch.logaddexp(x, z),
+    "maximum": lambda x, z: torch.maximum(x, z) + BIAS.maximum(x[..., :1]),
+    "sum": lambda x, z: x.sum(-1, keepdim=True) + torch.sum(z, dim=-1).unsqueeze(-1),
+    "softmax": lambda x, z: x.softmax(-1) + F.softmax(z, dim=-1),
+    "lerp": lambda x, z: torch.lerp(x, z, BIAS) + x.lerp(z, 0.25),
     "neg": lambda x, z: -x + torch.neg(z),
     "numbers": lambda x, z: 2 - (3 * x + 1) / 7 - 0.5 + z * 2,
     "add sub mul div": lambda x, z: (x + z) * (x - z) / (z * z + 1),
@@ -75,7 +82,7 @@ def test_operations_are_pytorchs(name):
 
 def test_special_numbers_keep_their_meaning():
     x = torch.tensor([[[float("nan"), float("inf"), -float("inf"), 0.0, -200.0, 200.0]]])
-    for operation in (torch.exp, torch.sigmoid, F.softplus, F.relu, F.elu):
+    for operation in (torch.exp, torch.sigmoid, F.softplus, F.relu, F.elu, torch.tanh, torch.abs):
         [got] = trace(lambda t, f=operation: [f(t[0])], [x]).run([x])
         np.testing.assert_allclose(got, operation(x), rtol=2e-6, atol=1e-30)
 

@@ -1,4 +1,4 @@
-"""subquad: every linear-time rival of the Transformer is a row of one table; one engine runs them.
+"""subquad: linear-time rivals of the Transformer, each a row of one table.
 
     import subquad
 
@@ -12,13 +12,14 @@ Names are imported when first used, so `import subquad` costs no more than `impo
 import importlib
 from typing import Any
 
-from subquad import auto
+from subquad.registration import register_when_asked
 
 __version__ = "0.1.0"
 
 # Public name -> the module that defines it. A submodule stands for itself.
 _EXPORTS = {
     "linear_recurrence": "subquad.engines",
+    "normalised_recurrence": "subquad.engines",
     "Delta": "subquad.engines",
     "LowRank": "subquad.engines",
     "Recurrence": "subquad.table",
@@ -27,8 +28,12 @@ _EXPORTS = {
     "selective_scan": "subquad.engines",
     "diagonal_ssm": "subquad.engines",
     "short_convolution": "subquad.engines",
+    "long_convolution": "subquad.engines",
+    "stabilise": "subquad.engines",
     "ROWS": "subquad.table",
     "Row": "subquad.table",
+    "fast_paths": "subquad.backend.fast_paths",
+    "checks": "subquad.backend.checks",
     "SubquadCache": "subquad.models",
     "SubquadConfig": "subquad.models",
     "SubquadForCausalLM": "subquad.models",
@@ -37,9 +42,6 @@ _EXPORTS = {
 _SUBMODULES = ("engines", "ssm", "mixers", "models", "tasks", "train", "generate", "arena")
 
 __all__ = ["__version__", *_EXPORTS, *_SUBMODULES]
-
-
-auto.register()
 
 
 def __getattr__(name: str) -> Any:
@@ -55,3 +57,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+register_when_asked()

@@ -8,10 +8,16 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 from subquad.errors import fail
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
 
 SUMS = "SHA256SUMS"
 _WINDOWS = os.name == "nt"
@@ -98,6 +104,21 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def take_lock(file: Path) -> int:
+    """Lock `file`, made if need be, until the descriptor is closed or the process ends, however it
+    ends. OSError if another has it."""
+    descriptor = os.open(file, os.O_CREAT | os.O_RDWR)
+    try:
+        if sys.platform == "win32":
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 # ---- sums

@@ -74,7 +74,7 @@ def hippo(
 
     [cyan]subquad hippo prices.csv --column close --method bilinear --out prices.png[/cyan]
     """
-    from subquad.cli.hippo_body import hippo_command
+    from subquad.cli.hippo.body import hippo_command
 
     hippo_command(
         signal,

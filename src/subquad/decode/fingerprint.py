@@ -1,8 +1,13 @@
-"""What modules are like, to see between two tokens whether that has changed."""
+"""What modules are like: whether a trace or a captured graph of theirs still computes what they do.
+
+One rule for both devices. A token that is replayed reads weights by address and runs no Python, so
+whatever would let the modules compute something else must be noticed before it: other members,
+hooks, settings, classes, code, and tensors that lie elsewhere.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from functools import partial
 from itertools import chain
@@ -15,36 +20,45 @@ from transformers import PreTrainedConfig
 
 from subquad.layers.projection import is_every_module_watched
 
-_SHOWN = ("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks")
+_MEMBERS = ("_modules", "_parameters")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_OF_ANY_MODULE = vars(nn.Module()).keys()
+_CODE = (FunctionType, BuiltinFunctionType, MethodType, partial)
 _DTYPE = attrgetter("dtype")
 
 
-class Look:
-    """At modules: their members, hooks, settings, classes, and where their tensors lie.
+class Fingerprint:
+    """Of modules whose computation is to be replayed.
 
-    Everything is looked at with every token, so it is laid out flat once, for quick passes that
+    The CPU asks before every token. So what is there is laid out flat once, for quick passes that
     touch few objects: weights have driven all of them out of the caches.
 
     Args:
-        traced: of these, and all in them, whatever could change what they compute is looked at; of
-            the others, which may change themselves at every call, what would let them be traced.
+        replayed: of these, and all in them, everything counts; of the other modules, which are
+            called as they are, only what could let them be replayed.
         roots: what `changed` will be given again; all modules are in them.
+        outer: a module whose own hooks run around what is replayed, and so do not count.
     """
 
-    def __init__(self, traced: Iterable[nn.Module], *roots: nn.Module) -> None:
+    def __init__(
+        self, replayed: Iterable[nn.Module], *roots: nn.Module, outer: nn.Module | None = None
+    ) -> None:
         self._roots = roots
         self._modules = [m for root in roots for m in root.modules()]
-        inside = dict.fromkeys(m for root in traced for m in root.modules())
-        owns = list(map(vars, self._modules))
-        shown = [own[name] for own in owns for name in _SHOWN]
-        settings = [own for m in inside for own in (vars(m), m._buffers)]
+        inside = dict.fromkeys(m for root in replayed for m in root.modules())
+        plain = [m for m in inside if has_plain_settings(m)]
+        self._rich = [m for m in inside if not has_plain_settings(m)]
         classes = dict.fromkeys(
             c for m in inside for c in type(m).__mro__ if c not in nn.Module.__mro__
         )
-        # Views, not copies: they show what is there at each look.
-        dicts = [*shown, *settings, *map(vars, classes)]
+        dicts = [vars(m)[name] for m in self._modules for name in _MEMBERS]
+        dicts += [vars(m)[name] for m in self._modules if m is not outer for name in _HOOKS]
+        dicts += [vars(m) for m in plain]
+        dicts += [m._buffers for m in inside]
+        # Views, not copies: they show what is there whenever they are asked.
         self._empty = [d for d in dicts if not d]
         self._values = [d.values() for d in dicts if d]
+        self._values += [vars(c).values() for c in classes]
         self._kept = list(chain.from_iterable(self._values))  # so that no other gets their identity
         self._others = [vars(m) for m in self._modules if m not in inside]
         tensors: list[Tensor] = [p for root in roots for p in root.parameters()]
@@ -67,9 +81,24 @@ class Look:
             ["forward" in own or "_compiled_call_impl" in own for own in self._others],
             list(map(Tensor.data_ptr, self._tensors)),
             list(map(Tensor.size, self._tensors)),
-            list(map(Tensor.is_contiguous, self._tensors)),
+            list(map(Tensor.stride, self._tensors)),
             list(map(_DTYPE, self._tensors)),
+            [list(_rich_settings(m)) for m in self._rich],
         )
+
+
+def has_plain_settings(module: nn.Module) -> bool:
+    """Whether none can change without being replaced: of a list, for instance, its content can."""
+    return all(is_value(x) for name, x in vars(module).items() if name not in _OF_ANY_MODULE)
+
+
+def runs_hooks(model: nn.Module) -> bool:
+    """Whether modules inside it have hooks: they run Python, which a replayed step would leave
+    out. (The model's own run outside the step.)"""
+    inside = list(model.modules())[1:]
+    return is_every_module_watched() or any(
+        m._forward_hooks or m._forward_pre_hooks for m in inside
+    )
 
 
 def lies_somewhere(x: Tensor) -> bool:
@@ -81,6 +110,9 @@ def is_value(x: object) -> bool:
     """Whether it can only be replaced, not changed, so that its identity is all there is to it."""
     if isinstance(x, tuple):
         return all(map(is_value, x))
+    settings = getattr(type(x), "__dataclass_params__", None)
+    if settings is not None and settings.frozen and not isinstance(x, type):
+        return all(map(is_value, vars(x).values()))
     return isinstance(x, _VALUES)
 
 
@@ -91,35 +123,24 @@ _VALUES = (
 )
 
 
-def shown(model: nn.Module) -> list[object] | None:
-    """What a step computes beside weights and states, as far as modules show it.
+def _rich_settings(module: nn.Module) -> Iterator[tuple[str, object]]:
+    """Settings by content: code, plain values and containers of them, a model's configuration.
 
-    An adapter that is switched off, say, has its weights where they were. None where a module has
-    hooks: they run Python, which a replayed step would leave out. (The model's own run outside.)
+    Other objects (a cache, a tensor that somebody keeps) are not settings and may change.
     """
-    modules = list(model.modules())
-    if any(m._forward_hooks or m._forward_pre_hooks for m in modules[1:]):
-        return None
-    if is_every_module_watched():
-        return None
-    classes = dict.fromkeys(chain.from_iterable(type(m).__mro__ for m in modules))
-    code = [[f for f in vars(c).values() if isinstance(f, FunctionType)] for c in classes]
-    return [code, *map(_look, modules)]
-
-
-def _look(module: nn.Module) -> tuple[object, ...]:
-    own = [(n, x) for n, x in vars(module).items() if n not in _OF_ANY_MODULE]
-    code = [id(x) for _, x in own if isinstance(x, _CODE)]
-    settings = [pair for pair in own if _is_plain(pair[1])]
-    config = vars(module).get("config")
+    own = vars(module)
+    settings = {name: x for name, x in own.items() if name not in _OF_ANY_MODULE}
+    settings["training"] = module.training
+    config = own.get("config")
     if isinstance(config, PreTrainedConfig):  # some of it is read at each step
-        settings += [pair for pair in vars(config).items() if _is_plain(pair[1])]
-    tensors = [_place(t) for t in chain(module._parameters.values(), module._buffers.values())]
-    return id(module), type(module), code, repr(settings), tensors
+        settings |= vars(config)
+    for name, x in settings.items():
+        if isinstance(x, _CODE):
+            yield name, x
+        elif _is_plain(x):
+            yield name, repr(x)
 
 
-_OF_ANY_MODULE = vars(nn.Module()).keys() - {"training"}
-_CODE = (FunctionType, BuiltinFunctionType, MethodType, partial)
 _SETTINGS = (bool, int, float, complex, str, bytes, Enum, torch.dtype, torch.device)
 
 
@@ -129,10 +150,3 @@ def _is_plain(x: object) -> bool:
     if isinstance(x, (tuple, list, set)):
         return all(map(_is_plain, x))
     return x is None or isinstance(x, _SETTINGS)
-
-
-def _place(x: Tensor | None) -> object:
-    """Where a module's tensor lies and how it is read there."""
-    if x is None or not lies_somewhere(x):
-        return id(x)
-    return x.data_ptr(), x.dtype, x.shape, x.stride()

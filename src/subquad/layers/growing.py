@@ -10,9 +10,13 @@ is an entry S in a dictionary that all tensors of one buffer share, and taking i
 comes second finds none and copies.
 """
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.backend.fast_paths import are_fast_paths_on
 from subquad.engines.runtime.eager import is_plain
 from subquad.engines.runtime.overrides import overridable
 
@@ -26,7 +30,7 @@ def append(slots: Tensor, new: Tensor) -> Tensor:
     Where a gradient is recorded, something watches every operation, or the two differ in more than
     S and T, it is `torch.cat`, which promotes dtypes and refuses the rest.
     """
-    if not is_plain((slots, new)) or not _alike(slots, new):
+    if not are_fast_paths_on() or not is_plain((slots, new)) or not _alike(slots, new):
         return torch.cat((slots, new), dim=1)
     S, total = slots.shape[1], slots.shape[1] + new.shape[1]
     rights: dict[int, Tensor] = getattr(slots, "_room", {})
@@ -41,6 +45,14 @@ def append(slots: Tensor, new: Tensor) -> Tensor:
     grown = buffer[:, :total]
     grown._room = rights  # type: ignore[attr-defined]
     return grown
+
+
+def end_together(rows: Sequence[Tensor]) -> Tensor:
+    """Stack rows [1,S_n,...] of different lengths so that each ends in the last slot; before its
+    first, a row holds zeros."""
+    S = max(row.shape[1] for row in rows)
+    around = (0, 0) * (rows[0].ndim - 2)
+    return torch.cat([F.pad(row, (*around, S - row.shape[1], 0)) for row in rows])
 
 
 def _alike(slots: Tensor, new: Tensor) -> bool:

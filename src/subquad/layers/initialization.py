@@ -10,7 +10,7 @@ def set_(parameter: nn.Parameter, value: Tensor) -> None:
     """Fill a parameter, unless transformers has just loaded it.
 
     While it loads a checkpoint transformers marks what it has loaded and makes `torch.nn.init`
-    skip it; whatever is set by other means must look at the mark itself.
+    skip it; whatever is set by other means must check the mark itself.
     """
     if not getattr(parameter, "_is_hf_initialized", False):
         with torch.no_grad():

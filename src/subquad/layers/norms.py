@@ -4,10 +4,13 @@ The weights follow the dtype of what they scale: under autocast only then does t
 run (it computes in float32 whatever comes).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from subquad.engines.norm.api import gated_rms_norm, rms_norm, skipped_gated_rms_norm
+from subquad.engines.norm.layer import layer_norm
 from subquad.layers.traceable import traceable
 
 
@@ -24,6 +27,21 @@ class RMSNorm(nn.RMSNorm):
         if dtype is None or dtype == x.dtype:
             return rms_norm(x, self.size, self.weight.to(x.dtype), self.eps)  # type: ignore[arg-type]
         return rms_norm(x, self.size, self.weight.to(dtype), self.eps, dtype)  # type: ignore[arg-type]
+
+
+@traceable
+class LayerNorm(nn.LayerNorm):
+    """y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias over the last dimension."""
+
+    def __init__(self, size: int, eps: float = 1e-5) -> None:
+        super().__init__(size, eps)
+        self.size = size
+
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """x [..., D] -> [..., D], in `dtype` if one is given, else in x's."""
+        wide = at_least_float32(x)
+        weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
+        return layer_norm(wide, self.size, weight, bias, self.eps).to(dtype or x.dtype)
 
 
 @traceable
@@ -82,9 +100,9 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def normed(norm: RMSNorm, x: Tensor) -> Tensor:
+def normed(norm: nn.Module, x: Tensor) -> Tensor:
     """The norm of a residual that may be wider (float32) than the weights (bfloat16), in theirs."""
-    dtype = norm.weight.dtype
-    if x.dtype != dtype and type(norm) is RMSNorm:
+    dtype: Any = norm.weight.dtype
+    if x.dtype != dtype and type(norm) in (RMSNorm, LayerNorm):
         return norm(x, dtype)  # rounds what it returns, not what it reads, where it can
     return norm(x.to(dtype))

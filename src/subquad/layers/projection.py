@@ -1,4 +1,4 @@
-"""A projection as a module, computed by the engines where nobody wants to see it called."""
+"""A projection as a module, computed by the engines unless it is hooked, wrapped or replaced."""
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +10,12 @@ _FORWARD = nn.Linear.forward
 
 
 def project(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)`, by `linear` if it is a projection that nobody replaced, hooked or wrapped."""
+    """`module(x)`, by `linear` if it is a plain projection: not replaced, hooked or wrapped."""
     if (
         torch.compiler.is_compiling()
         or type(module) is not nn.Linear
         or nn.Linear.forward is not _FORWARD
+        or not _has_plain_tensors(module)
         or is_watched(module)
         or is_every_module_watched()
     ):
@@ -23,12 +24,20 @@ def project(module: nn.Module, x: Tensor) -> Tensor:
     return linear(x, module.weight, module.bias)
 
 
+def _has_plain_tensors(module: nn.Linear) -> bool:
+    """Not weights that bring operations of their own, as quantised ones do."""
+    bias = module.bias
+    return type(module.weight) is nn.Parameter and (bias is None or type(bias) is nn.Parameter)
+
+
 def is_watched(module: nn.Module) -> bool:
-    """Whether somebody wants to see the module called, or calls something else in its place."""
+    """Whether the module has hooks, or something else is called in its place."""
     own = vars(module)
     return bool(
         own["_forward_hooks"]
         or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
         or "forward" in own
         or "_compiled_call_impl" in own  # module.compile()
     )

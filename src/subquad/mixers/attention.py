@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from subquad.engines.runtime.eager import is_plain
 from subquad.engines.runtime.validation import check_shape
 from subquad.errors import fail
-from subquad.layers.growing import append
+from subquad.layers.growing import append, end_together
 from subquad.layers.projection import project
 from subquad.layers.rotary import angles, positions, rotate_halves
 from subquad.mixers.base import Mixer, State, check_positive_integers, divide
@@ -29,9 +29,9 @@ class SoftmaxAttention(Mixer):
     Vaswani et al. 2017 (arXiv:1706.03762, eq. 1), heads that share keys from Ainslie et al. 2023
     (arXiv:2305.13245), positions from Su et al. 2021 (arXiv:2104.09864, eq. 34).
 
-    The state grows with the sequence: keys (rotated) and values [B,S,Hk,D], length [B] int64. Rows
-    of different lengths end together: row b's tokens are its last length[b] slots, so that adding
-    a token is the same concatenation for every row.
+    The state grows with the sequence: keys (rotated) and values [B,S,Hk,D], length [B] int64.
+    Sequences of different lengths end together: the tokens of sequence b are its last length[b]
+    slots, so that adding a token is the same concatenation for all.
 
     Args:
         hidden_size: width of the input and output.
@@ -44,6 +44,8 @@ class SoftmaxAttention(Mixer):
 
     row = "softmax_attention"
     state_names = ("keys", "values", "length")
+    growing = ("keys", "values")
+    writes_state_in_place = True
     window: int | None = None
 
     def __init__(
@@ -105,9 +107,9 @@ class SoftmaxAttention(Mixer):
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, past: State, first: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows that each have T new tokens: outputs, and the keys and values to remember.
+        """Sequences with T new tokens each: outputs, and the keys and values to remember.
 
-        first: [B], each row's first slot in use; None when all are.
+        first: [B], each sequence's first slot in use; None when all are.
         """
         T = q.shape[1]
         fresh = not past
@@ -124,7 +126,7 @@ class SoftmaxAttention(Mixer):
     def _attend_packed(
         self, q: Tensor, k: Tensor, v: Tensor, past: State, cu_seqlens: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sequences end to end in one row: each is attended on its own, exactly as if alone."""
+        """Sequences end to end: each is attended on its own, exactly as if alone."""
         results = []
         for n, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
             own: State = {}
@@ -134,7 +136,7 @@ class SoftmaxAttention(Mixer):
             new = slice(start, end)
             results.append(self._attend(q[:, new], k[:, new], v[:, new], own, None))
         o, keys, values = zip(*results)
-        return torch.cat(o, dim=1), _end_together(keys), _end_together(values)
+        return torch.cat(o, dim=1), end_together(keys), end_together(values)
 
     def _remember(self, slots: Tensor) -> Tensor:
         """What of the slots [B,S,Hk,D] a later token can still see."""
@@ -156,6 +158,7 @@ class SlidingWindowAttention(SoftmaxAttention):
     """
 
     row = "sliding_window_attention"
+    writes_state_in_place = True
 
     def __init__(self, hidden_size: int, *, window: int = 256, **options: object) -> None:
         check_positive_integers(window=window)
@@ -164,7 +167,7 @@ class SlidingWindowAttention(SoftmaxAttention):
 
 
 def _slots_in_use(past: State) -> tuple[State, Tensor | None]:
-    """The state, and each row's first slot in use [B]; None if all are.
+    """The state, and each sequence's first slot in use [B]; None if all are.
 
     A mask of the empty ones would take a single row the fastest kernels, so its empty slots are cut
     off. It has some if it comes out of a batch of unequal rows. To know, the row's length is looked
@@ -202,12 +205,12 @@ def _sdpa_by_blocks(
 ) -> Tensor:
     """Causal attention of the last T of S slots, without ever holding a T x S mask.
 
-    A block of queries looks only at the slots that some of them see: everything before their end,
+    A block of queries reads only the slots that some of them see: everything before their end,
     or, with a window, little more than their own block and the one before.
 
     Args:
         window: how many slots a query sees, its own included; None for all before it.
-        first: [B], each row's first slot in use; None when all are.
+        first: [B], each sequence's first slot in use; None when all are.
     """
     T, S = q.shape[1], k.shape[1]
     size = _QUERY_BLOCK if window is None else min(max(window, 64), _QUERY_BLOCK)
@@ -241,9 +244,3 @@ def _seen(x: Tensor, sizes: list[int], window: int | None) -> Iterator[Tensor]:
         else:  # not a slice: the gradients of slices would each be a tensor of T slots, T^2 in sum
             back = -(-(window - 1) // sizes[1])
             yield torch.cat(parts[max(0, n - back) : n + 1], dim=1)
-
-
-def _end_together(rows: tuple[Tensor, ...]) -> Tensor:
-    """Stack rows [1,S_n,Hk,D] of different lengths so that each ends in the last slot."""
-    S = max(row.shape[1] for row in rows)
-    return torch.cat([F.pad(row, (0, 0, 0, 0, S - row.shape[1], 0)) for row in rows])

@@ -1,5 +1,6 @@
 """What every mixer is: from [B,T,hidden] and a state to [B,T,hidden] and the next state."""
 
+import inspect
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
@@ -7,11 +8,15 @@ from torch import Tensor, nn
 
 from subquad.engines.runtime.validation import check_cu_seqlens, check_tensor
 from subquad.errors import fail
+from subquad.layers.block_layout import BlockLayout
+from subquad.layers.depth import Depth
+
+__all__ = ["Depth", "Mixer", "State", "check_positive_integers", "divide", "takes_depth"]
 
 State = dict[str, Tensor]
-"""What a mixer remembers of a sequence: tensors by name, each with the batch's rows (or, when
-packed, the sequences) first, so that `{n: t.index_select(0, rows) for n, t in state.items()}`
-reorders it and the sum of `nbytes` is its size."""
+"""What a mixer remembers: tensors by name, the batch's (or packed) sequences first, so that
+`{n: t.index_select(0, order) for n, t in state.items()}` reorders it and the sum of `nbytes` is its
+size."""
 
 
 class Mixer(nn.Module, ABC):
@@ -22,12 +27,31 @@ class Mixer(nn.Module, ABC):
     by the root of the number of layers when a model starts it. Their constructors take
     `hidden_size` and keyword-only options, with the published defaults, and end with
     `reset_parameters()`.
+
+    `writes_state_in_place` lets engines write the next state over the one given, where a decoding
+    loop owns it: `forward` promises not to read a state after it was handed to an engine. It is
+    not inherited, since a subclass may.
+
+    What few rows need, and others leave alone:
+
+    - a `depth` among the constructor's keywords, default None: a model passes the layer's `Depth`.
+    - `layout`: the block that the row was published with.
+    - `growing`: which of the state's tensors, [B,S,...], get longer with the sequence. Sequences of
+      different lengths end together in them; before its first token one holds zeros.
+    - `shared`: a module that all layers of the row in a model share. The model owns it and passes
+      it to each `forward` as `shared=`.
+    - `carries`: names of tensors [B,T,...] that a layer leaves for later ones, such as RWKV-7's
+      first values. `forward` is given them as `carried=`, a dict, and adds its own to it.
     """
 
     row: ClassVar[str]
     state_names: ClassVar[tuple[str, ...]]
     has_channel_mixing: ClassVar[bool] = False
     shrunk_by_depth: ClassVar[tuple[str, ...]] = ()
+    writes_state_in_place: ClassVar[bool] = False
+    growing: ClassVar[tuple[str, ...]] = ()
+    layout: ClassVar[BlockLayout] = BlockLayout()
+    carries: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, hidden_size: int, **sizes: object) -> None:
         """`sizes`: options that must be positive integers, by name; None stands for a default."""
@@ -44,17 +68,28 @@ class Mixer(nn.Module, ABC):
         Args:
             x: [B,T,hidden_size], T >= 1.
             state: where an earlier call stopped; None is a fresh start. It is never changed, so
-                two continuations may start from it. Its rows are the B rows of `x`, or the N
-                sequences packed in its only row.
-            cu_seqlens: [N+1] int, the bounds of N sequences packed one after another in the only
-                row of `x`: 0 first, T last, increasing. Nothing leaks from one into the next.
+                two continuations may start from it. It has an entry for each of the B sequences of
+                `x`, or of the N packed ones.
+            cu_seqlens: [N+1] int, the bounds of N sequences packed end to end in `x` (B = 1):
+                0 first, T last, increasing. Nothing leaks from one into the next.
 
         Returns:
             y [B,T,hidden_size] and the next state.
 
         Raises:
-            ValueError: naming the argument that does not fit, and how to mend it.
+            ValueError: naming the argument that does not fit, and the fix.
         """
+
+    @classmethod
+    def shared(cls, hidden_size: int, layers: int, **options: object) -> nn.Module | None:
+        """What a model's layers of this row share; None for nothing.
+
+        Args:
+            hidden_size: of the model.
+            layers: how many the model has, of all rows.
+            options: the row's, as its constructor takes them.
+        """
+        return None
 
     def reset_parameters(self) -> None:
         """Draw every parameter anew, as published.
@@ -108,3 +143,8 @@ def divide(total: int, parts: int, total_name: str, parts_name: str) -> int:
         expected = f"a positive divisor of {total_name} = {total}"
         raise fail(parts_name, parts, expected, f"change it or {total_name}")
     return total // parts
+
+
+def takes_depth(cls: type[Mixer]) -> bool:
+    """Whether its constructor asks where the layer stands."""
+    return "depth" in inspect.signature(cls).parameters

@@ -35,6 +35,7 @@ class DeltaNet(Mixer):
 
     row = "deltanet"
     state_names = ("conv", "recurrent")
+    writes_state_in_place = True
 
     def __init__(
         self,

@@ -34,6 +34,7 @@ class GatedDeltaNet(Mixer):
             for 16 of keys.
         head_dim: K; by default such that the key heads are 0.75 * hidden_size wide together.
         expand_v: V over K.
+        value_head_dim: V itself, instead of expand_v.
         conv_width: taps W of the convolution over time.
         allow_negative_eigenvalues: beta in [0, 2] instead of [0, 1] (arXiv:2411.12537).
         norm_eps: of the headwise norm.
@@ -41,6 +42,7 @@ class GatedDeltaNet(Mixer):
 
     row = "gated_deltanet"
     state_names = ("conv", "recurrent")
+    writes_state_in_place = True
 
     def __init__(
         self,
@@ -50,6 +52,7 @@ class GatedDeltaNet(Mixer):
         num_v_heads: int | None = None,
         head_dim: int | None = None,
         expand_v: float = 2.0,
+        value_head_dim: int | None = None,
         conv_width: int = 4,
         allow_negative_eigenvalues: bool = False,
         norm_eps: float = 1e-5,
@@ -59,6 +62,7 @@ class GatedDeltaNet(Mixer):
             num_heads=num_heads,
             num_v_heads=num_v_heads,
             head_dim=head_dim,
+            value_head_dim=value_head_dim,
             conv_width=conv_width,
         )
         self.num_heads = num_heads
@@ -69,10 +73,13 @@ class GatedDeltaNet(Mixer):
         if head_dim is None:
             head_dim = divide(3 * hidden_size, 4 * num_heads, "3 * hidden_size", "4 * num_heads")
         self.head_dim = head_dim
-        self.value_head_dim = int(expand_v * head_dim)
-        if self.value_head_dim != expand_v * head_dim or expand_v <= 0:
-            expected = f"a factor that gives head_dim = {head_dim} a whole number of values"
-            raise fail("expand_v", expand_v, expected, "change it or head_dim")
+        if value_head_dim is None:
+            value_head_dim = round(expand_v * head_dim)
+            # 120/88 of 88 is 119.99999999999999: a factor cannot say every whole number exactly.
+            if value_head_dim < 1 or abs(value_head_dim - expand_v * head_dim) > 1e-6 * head_dim:
+                expected = f"a factor that gives head_dim = {head_dim} a whole number of values"
+                raise fail("expand_v", expand_v, expected, "change it, or pass value_head_dim")
+        self.value_head_dim = value_head_dim
         self.beta_scale = 2.0 if allow_negative_eigenvalues else 1.0
 
         H = self.num_v_heads

@@ -33,6 +33,7 @@ class GLA(Mixer):
 
     row = "gla"
     state_names = ("recurrent",)
+    writes_state_in_place = True
 
     def __init__(
         self,

@@ -3,10 +3,12 @@
 B batch   T time   H heads   K = V head size
 """
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from subquad.engines import linear_recurrence
+from subquad.engines import linear_recurrence, normalised_recurrence
 from subquad.errors import choose, fail
 from subquad.layers.norms import RMSNorm
 from subquad.layers.projection import project
@@ -26,11 +28,10 @@ class LinearAttention(Mixer):
         S_t = S_{t-1} + phi(k_t) v_t^T      z_t = z_{t-1} + phi(k_t)
         o_t = S_t^T phi(q_t) / (z_t . phi(q_t) + 1e-6)
 
-    z is computed as one more column of S, the one that a constant 1 appended to v writes. Without
-    the normaliser the outputs grow with T, so they get a headwise RMSNorm (Qin et al. 2022,
+    Without the normaliser the outputs grow with T, so they get a headwise RMSNorm (Qin et al. 2022,
     arXiv:2210.10340, section 4.1). As published, nothing in the layer tells positions apart.
 
-    State: recurrent [B,H,K,V+1] (V without the normaliser) float32.
+    State: recurrent [B,H,K,V] and, with the normaliser, normaliser [B,H,K], float32.
 
     Args:
         hidden_size: width of the input and output.
@@ -41,7 +42,8 @@ class LinearAttention(Mixer):
     """
 
     row = "linear_attention"
-    state_names = ("recurrent",)
+    state_names = ("recurrent", "normaliser")
+    writes_state_in_place = True
 
     def __init__(
         self,
@@ -62,6 +64,8 @@ class LinearAttention(Mixer):
         self.feature_map = feature_map
         self.qkv_proj = nn.Linear(hidden_size, 3 * hidden_size)
         self.norm = None if normalise else RMSNorm(self.head_dim, eps=norm_eps)
+        if not normalise:
+            self.state_names = ("recurrent",)  # type: ignore[misc, assignment]
         self.o_proj = nn.Linear(hidden_size, hidden_size)
         self.reset_parameters()
 
@@ -72,13 +76,12 @@ class LinearAttention(Mixer):
         qkv = project(self.qkv_proj, x).unflatten(-1, (3 * self.num_heads, self.head_dim))
         qk, v = qkv.split((2 * self.num_heads, self.num_heads), dim=2)
         q, k = _FEATURE_MAPS[self.feature_map](qk).chunk(2, dim=2)  # [B,T,H,K]
+        options: dict[str, Any] = {"state": past.get("recurrent"), "cu_seqlens": cu_seqlens}
         if self.norm is None:
-            v = F.pad(v, (0, 1), value=1.0)  # [B,T,H,V+1]
-        o, recurrent = linear_recurrence(
-            q, k, v, scale=1.0, state=past.get("recurrent"), cu_seqlens=cu_seqlens
-        )
-        if self.norm is None:
-            o = o[..., :-1] / (o[..., -1:] + _EPS)
+            z = past.get("normaliser")
+            o, n, recurrent, z = normalised_recurrence(q, k, v, scale=1.0, normaliser=z, **options)
+            o, new = o / (n.unsqueeze(-1) + _EPS), {"recurrent": recurrent, "normaliser": z}
         else:
-            o = self.norm(o)
-        return project(self.o_proj, o.flatten(-2)), {"recurrent": recurrent}
+            o, recurrent = linear_recurrence(q, k, v, scale=1.0, **options)
+            o, new = self.norm(o), {"recurrent": recurrent}
+        return project(self.o_proj, o.to(x.dtype).flatten(-2)), new

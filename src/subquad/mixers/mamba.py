@@ -11,6 +11,7 @@ from subquad.engines.gates.api import silu_product
 from subquad.engines.selective.api import selective_scan
 from subquad.errors import fail
 from subquad.layers.initialization import no_weight_decay, set_, set_step_size_
+from subquad.layers.norms import at_least_float32
 from subquad.layers.projection import project
 from subquad.layers.short_convolution import ShortConvolution
 from subquad.mixers.base import Mixer, State
@@ -37,6 +38,7 @@ class Mamba(Mixer):
 
     row = "mamba"
     state_names = ("conv", "recurrent")
+    writes_state_in_place = True
     has_channel_mixing = True
     shrunk_by_depth = ("out_proj.weight",)
 
@@ -96,8 +98,8 @@ class Mamba(Mixer):
         x, conv = self.conv(x, past.get("conv"), cu_seqlens)
         r, B, C = project(self.x_proj, x).split_with_sizes(self.sizes, -1)
         # In float32 also under autocast: small steps are what a long memory is made of.
-        dt = project(self.dt_proj, r).float() + self.dt_bias  # [B,T,D]
-        A = -self.A_log.float().exp()
+        dt = at_least_float32(project(self.dt_proj, r)) + self.dt_bias  # [B,T,D]
+        A = -at_least_float32(self.A_log).exp()
         y, recurrent = selective_scan(
             x, F.softplus(dt), A, B, C, self.D, state=past.get("recurrent"), cu_seqlens=cu_seqlens
         )

@@ -40,6 +40,7 @@ class Mamba2(Mixer):
 
     row = "mamba2"
     state_names = ("conv", "recurrent")
+    writes_state_in_place = True
     has_channel_mixing = True
     shrunk_by_depth = ("out_proj.weight",)
 

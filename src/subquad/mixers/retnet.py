@@ -34,6 +34,7 @@ class RetNet(Mixer):
 
     row = "retnet"
     state_names = ("recurrent", "length")
+    writes_state_in_place = True
 
     def __init__(
         self,

@@ -41,6 +41,7 @@ class S4D(Mixer):
 
     row = "s4d"
     state_names = ("recurrent",)
+    writes_state_in_place = True
 
     def __init__(
         self,

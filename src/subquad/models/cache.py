@@ -1,4 +1,4 @@
-"""What a model remembers between calls: the state of every layer, row by row of the batch."""
+"""What a model remembers between calls: the state of each layer, for every sequence."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ class SubquadCache(Cache):
     """The states of all layers, in transformers' Cache protocol.
 
     Attributes:
-        states: one `State` per layer (a dict of tensors, rows first), None before the first token.
-        lengths: [B] int64, real tokens read by each row since its sequence began; None before the
-            first call.
-        lease: on the CUDA graph that moves it on in generate(), if one does.
+        states: one `State` per layer (a dict of tensors, sequences first), None before the first
+            token.
+        lengths: [B] int64, real tokens read by each sequence; None before the first call.
+        read: [B] int64, real tokens read in all, those of earlier texts in the row included.
+        lease: on the CUDA graph that decodes with it in generate(), if there is one.
 
-    A mixer never changes a state it was given, so `copy.copy(cache)` is a snapshot that costs
-    nothing: the copy keeps what it has when the original moves on. A graph does write over its
-    states, so the snapshot of a cache with a lease is a copy of them.
+    A mixer never changes a state in place, so `copy.copy(cache)` is a fork that costs nothing: the
+    copy keeps what it has when the original moves on. A CUDA graph does overwrite its states, so
+    the fork of a cache with a lease copies them.
     """
 
     def __init__(self, num_layers: int) -> None:
@@ -39,10 +40,11 @@ class SubquadCache(Cache):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything; the next call starts afresh, with any number of rows."""
+        """Forget everything; the next call starts anew, with any number of sequences."""
         self.states: list[State | None] = [None] * self.num_layers
         self.lease: Lease | None = None
         self.lengths: Tensor | None = None
+        self.read: Tensor | None = None
         # Rows that have seen nothing but padding have no state yet: what `states` holds for them
         # is filler and must not be continued.
         self.has_empty_rows = False
@@ -71,11 +73,13 @@ class SubquadCache(Cache):
             )
 
     def advance(self, states: list[State], rows: int, tokens: int, device: torch.device) -> None:
-        """Every one of the rows has read `tokens` more."""
+        """Each of the sequences has read `tokens` more."""
         self.states = list(states)
         if self.lengths is None:
             self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+            self.read = self.lengths
         self.lengths = self.lengths + tokens
+        self.read = None if self.read is None else self.read + tokens
         self._columns += tokens
 
     def advance_packed(
@@ -85,11 +89,11 @@ class SubquadCache(Cache):
         columns: int | None,
         device: torch.device,
     ) -> None:
-        """Some rows have read some tokens; the others stay as they are.
+        """Some sequences have read some tokens; the others stay as they are.
 
         Args:
             results: each packing with the states, by layer, after its sequences.
-            rows: of the cache, whether or not they read anything.
+            rows: sequences of the cache, whether or not they read anything.
             columns: width of the call, padding included; None when sequences came one after
                 another (`cu_seqlens`), and the longest counts.
         """
@@ -104,6 +108,11 @@ class SubquadCache(Cache):
             for layer, old in enumerate(self.states)
         ]
         self._columns += int((lengths - before).max()) if columns is None else columns
+        if self.lengths is None:
+            self.read = before
+        if self.read is not None:
+            for packing, _ in results:
+                self.read = self.read.index_add(0, packing.rows, packing.cu_seqlens.diff().long())
         self.lengths = lengths
         self.has_empty_rows = bool((lengths == 0).any())
 
@@ -140,7 +149,7 @@ class SubquadCache(Cache):
 
     @property
     def batch_size(self) -> int:
-        """Rows, or -1 before the first call."""
+        """Sequences, or -1 before the first call."""
         return -1 if self.lengths is None else len(self.lengths)
 
     @property
@@ -157,15 +166,15 @@ class SubquadCache(Cache):
         return False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row i becomes what row `beam_idx[i]` was (beam search)."""
+        """Sequence i becomes what sequence `beam_idx[i]` was (beam search)."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows, in this order; one may be named more than once."""
+        """Keep these sequences, in this order; one may be named more than once."""
         self._map(lambda t: t.index_select(0, indices.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times, next to each other."""
+        """Each sequence `repeats` times, next to each other."""
         self._map(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def crop(self, max_length: int) -> None:
@@ -197,7 +206,8 @@ class SubquadCache(Cache):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one safetensors file, wholly or not at all, with its sum."""
-        write_cache(Path(path), self.states, self.lengths, self._columns)
+        counts = {"lengths": self.lengths, "read": self.read}
+        write_cache(Path(path), self.states, counts, self._columns)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> SubquadCache:
@@ -207,10 +217,11 @@ class SubquadCache(Cache):
             ValueError: the file is no cache of ours, or is damaged.
             FileNotFoundError: there is no such file.
         """
-        states, lengths, columns = read_cache(Path(path))
+        states, counts, columns = read_cache(Path(path))
         cache = cls(len(states))
-        cache.states, cache.lengths, cache._columns = states, lengths, columns
-        cache.has_empty_rows = lengths is not None and bool((lengths == 0).any())
+        cache.states, cache._columns = states, columns
+        cache.lengths, cache.read = counts["lengths"], counts["read"]
+        cache.has_empty_rows = cache.lengths is not None and bool((cache.lengths == 0).any())
         cache._map(lambda tensor: tensor.to(device))
         return cache
 
@@ -221,10 +232,12 @@ class SubquadCache(Cache):
         ]
         if self.lengths is not None:
             self.lengths = change(self.lengths)
+        if self.read is not None:
+            self.read = change(self.read)
 
 
 def _merge(old: State | None, updates: list[tuple[Packing, State]], rows: int) -> State | None:
-    """The state whose rows come from the updates where those have them, else from `old`."""
+    """The state whose entries come from the updates where those have them, else from `old`."""
     if not updates:
         return old
     if len(updates) == 1 and updates[0][0].covers(rows):

@@ -18,12 +18,12 @@ from subquad.mixers.base import State
 _FORMAT = "subquad-cache-1"
 _MOST_LAYERS = 1 << 16  # of a file that says how many it has
 
-Held = tuple[list[State | None], Tensor | None, int]  # states by layer, lengths [B], columns
+COUNTS = ("lengths", "read")  # [B] each, of tokens
+Counts = dict[str, Tensor | None]
+Held = tuple[list[State | None], Counts, int]  # states by layer, counts, columns
 
 
-def write_cache(
-    path: Path, states: list[State | None], lengths: Tensor | None, columns: int
-) -> None:
+def write_cache(path: Path, states: list[State | None], counts: Counts, columns: int) -> None:
     """Write it all, or leave what was there."""
     check_path("path", path)
     tensors = {
@@ -31,8 +31,7 @@ def write_cache(
         for layer, state in enumerate(states)
         for name, tensor in (state or {}).items()
     }
-    if lengths is not None:
-        tensors["lengths"] = lengths
+    tensors |= {name: count for name, count in counts.items() if count is not None}
     metadata = {"format": _FORMAT, "num_layers": str(len(states)), "columns": str(columns)}
     metadata["sha256"] = _digest(tensors, metadata)
     draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
@@ -73,11 +72,11 @@ def _checked(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Held:
     num_layers, columns = int(metadata["num_layers"]), int(metadata["columns"])
     if not (1 <= num_layers <= _MOST_LAYERS and columns >= 0):
         raise ValueError(f"it says {num_layers} layers and {columns} columns")
-    lengths = tensors.pop("lengths", None)
-    if lengths is not None:
-        counts = lengths.dtype == torch.int64 and lengths.ndim == 1
-        if not counts or bool((lengths < 0).any()):
-            raise ValueError("its lengths are no counts of tokens")
+    counts: Counts = {name: tensors.pop(name, None) for name in COUNTS}
+    lengths = counts["lengths"]
+    for name, count in counts.items():
+        if count is not None and not _is_count(count, lengths):
+            raise ValueError(f"its {name} are no counts of tokens")
     states: list[State | None] = [None] * num_layers
     for name, tensor in tensors.items():
         layer, _, entry = name.partition(".")
@@ -86,7 +85,13 @@ def _checked(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Held:
         if lengths is None or tensor.shape[:1] != lengths.shape:
             raise ValueError(f"{name} has shape {list(tensor.shape)}")
         states[int(layer)] = {**(states[int(layer)] or {}), entry: tensor}
-    return states, lengths, columns
+    return states, counts, columns
+
+
+def _is_count(tensor: Tensor, lengths: Tensor | None) -> bool:
+    """Whether it holds numbers of tokens, one a sequence."""
+    fits = lengths is not None and tensor.shape == lengths.shape and tensor.ndim == 1
+    return fits and tensor.dtype == torch.int64 and not bool((tensor < 0).any())
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

@@ -6,13 +6,18 @@ import difflib
 import inspect
 import math
 from collections.abc import Iterable
+from dataclasses import fields as dataclass_fields
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from subquad.errors import fail
+from subquad.layers.block_layout import BlockLayout
+from subquad.layers.channel_mixers import CHANNEL_MIXERS
 from subquad.mixers import MIXERS
+from subquad.mixers.base import Depth, Mixer, takes_depth
 from subquad.models.tokenizer import BOS, EOS, PAD, VOCAB_SIZE
 
 _MOST_LAYERS = 1 << 16
@@ -26,24 +31,28 @@ class SubquadConfig(PreTrainedConfig):
         hidden_size: channels of the residual stream.
         num_hidden_layers: blocks, all of the row `mixer`. Overridden by `layers`.
         mixer: the row's name, one of `subquad.mixers.MIXERS`.
-        layers: the row of each block, for hybrids: `["mamba2", "mamba2", "softmax_attention"]`.
+        layers: the row of each block, for hybrids: `["mamba2", "mamba2", "softmax_attention"]`. A
+            row may bring options for its layer: `[("gla", {"num_heads": 8}), "gla"]`.
         mixer_options: `{row: {keyword: value}}`, handed to that row's constructor; what is left
             out is as published.
-        intermediate_size: channels inside the SwiGLU MLP beside each mixer. None takes 8/3 of
-            hidden_size, rounded up to a multiple of 32, and no MLP beside rows that mix channels
-            themselves (`has_channel_mixing`); 0 takes none anywhere; a number takes it everywhere.
+        block: what to change of the rows' published blocks, by the fields of `BlockLayout`:
+            `{"norm": "layer", "channel_mixer": "gelu"}`.
+        intermediate_size: channels inside the channel mixer beside each mixer. None takes its
+            default (of the usual SwiGLU 8/3 of hidden_size, rounded up to a multiple of 32), and
+            none beside rows that mix channels themselves (`has_channel_mixing`); 0 takes none
+            anywhere; a number takes it everywhere.
         norm_eps: added to the mean square in every RMSNorm of the blocks.
         residual_in_fp32: keep the sum over blocks in float32 whatever dtype the weights have.
         tie_word_embeddings: the read-out shares the embedding's weights.
         initializer_range: standard deviation of embeddings and MLPs at the start; mixers start as
             published.
-        use_cache: return a `SubquadCache` unless training or told otherwise.
+        use_cache: return a `SubquadCache`, except in training or where a call says otherwise.
         bos_token_id, eos_token_id, pad_token_id: None means `ByteTokenizer`'s when vocab_size is
             259, and none otherwise.
 
     Raises:
         ValueError: an unknown row, an option that the row does not take, sizes that do not fit,
-            or an argument that looks like a misspelt one of these.
+            or an argument that is probably a misspelt one of these.
     """
 
     model_type = "subquad"
@@ -53,8 +62,9 @@ class SubquadConfig(PreTrainedConfig):
     hidden_size: int = 256
     num_hidden_layers: int = 4
     mixer: str = "gated_deltanet"
-    layers: list[str] | None = None
+    layers: list[Any] | None = None
     mixer_options: dict[str, dict[str, Any]] | None = None
+    block: dict[str, Any] | None = None
     intermediate_size: int | None = None
     norm_eps: float = 1e-5
     residual_in_fp32: bool = True
@@ -78,7 +88,9 @@ class SubquadConfig(PreTrainedConfig):
                     "a list with one row name a block",
                     'for example layers=["mamba2", "softmax_attention"]',
                 )
-            self.layers = list(self.layers)
+            self.layers = [list(x) if isinstance(x, tuple) else x for x in self.layers]
+            for position, layer in enumerate(self.layers):
+                _check_layer(position, layer)
             self.num_hidden_layers = len(self.layers)
         if self.vocab_size == VOCAB_SIZE:
             ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
@@ -93,19 +105,35 @@ class SubquadConfig(PreTrainedConfig):
     @property
     def rows(self) -> list[str]:
         """The row of each block, from the first."""
-        return list(self.layers) if self.layers else [self.mixer] * self.num_hidden_layers
+        if not self.layers:
+            return [self.mixer] * self.num_hidden_layers
+        return [layer if isinstance(layer, str) else layer[0] for layer in self.layers]
 
-    def mixer_kwargs(self, row: str) -> dict[str, Any]:
-        """The options that the mixers of this row are built with."""
-        return (self.mixer_options or {}).get(row, {})
+    def mixer_kwargs(self, index: int) -> dict[str, Any]:
+        """The options that the mixer of this layer is built with."""
+        options = (self.mixer_options or {}).get(self.rows[index], {})
+        layer = self.layers[index] if self.layers else ""
+        return options if isinstance(layer, str) else options | layer[1]
 
-    def mlp_size(self, row: str) -> int:
-        """Channels inside the MLP beside a mixer of this row; 0 for none."""
+    def make_mixer(self, index: int) -> Mixer:
+        """The mixer of this layer."""
+        cls, options = MIXERS[self.rows[index]], self.mixer_kwargs(index)
+        if takes_depth(cls):
+            options = options | {"depth": Depth(index, self.num_hidden_layers)}
+        return cls(self.hidden_size, **options)
+
+    def layout(self, index: int) -> BlockLayout:
+        """How the block of this layer is put together."""
+        published = MIXERS[self.rows[index]].layout
+        return replace(published, **self.block) if self.block else published
+
+    def mlp_size(self, index: int) -> int:
+        """Inner channels of the channel mixer in this layer; 0 for none."""
         if self.intermediate_size is not None:
             return self.intermediate_size
-        if MIXERS[row].has_channel_mixing:
+        if MIXERS[self.rows[index]].has_channel_mixing:
             return 0
-        return -(-8 * self.hidden_size // (3 * 32)) * 32
+        return CHANNEL_MIXERS[self.layout(index).channel_mixer].default_size(self.hidden_size)
 
     def _check_sizes(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
@@ -163,16 +191,34 @@ class SubquadConfig(PreTrainedConfig):
                 raise fail(f"mixer_options[{row!r}]", repr(options), "a dict", '{"num_heads": 4}')
             for option, value in options.items():
                 check_mixer_option(row, option, value)
-        for row in dict.fromkeys(self.rows):
-            self._check_mixer_builds(row)
+        for index, layer in enumerate(self.layers or []):
+            for option, value in ({} if isinstance(layer, str) else layer[1]).items():
+                check_mixer_option(self.rows[index], option, value)
+        if self.block is not None:
+            fields = tuple(field.name for field in dataclass_fields(BlockLayout))
+            if not isinstance(self.block, dict):
+                raise fail("block", repr(self.block), "a dict of BlockLayout's fields", "{...}")
+            for name in self.block:
+                _check_choice("block", name, fields)
+            self.layout(0)  # which looks at the values
+        seen = []
+        for index, row in enumerate(self.rows):
+            kind = (row, self.mixer_kwargs(index))
+            if kind not in seen:
+                self._check_mixer_builds(index)
+                seen.append(kind)
 
-    def _check_mixer_builds(self, row: str) -> None:
+    def _check_mixer_builds(self, index: int) -> None:
         """Let the mixer itself judge its sizes, on the meta device, where that costs nothing."""
         try:
             with torch.device("meta"):
-                MIXERS[row](self.hidden_size, **self.mixer_kwargs(row))
+                self.make_mixer(index)
         except ValueError as error:
+            row = self.rows[index]
             raise ValueError(f"{row} with hidden_size={self.hidden_size}: {error}") from error
+
+
+_OF_MODELS = ("depth",)  # keywords of constructors that the model passes, not the user
 
 
 def mixer_option_defaults(row: str) -> dict[str, Any]:
@@ -182,7 +228,11 @@ def mixer_option_defaults(row: str) -> dict[str, Any]:
         if "__init__" not in vars(cls):
             continue
         parameters = inspect.signature(vars(cls)["__init__"]).parameters.values()
-        own = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        own = {
+            p.name: p.default
+            for p in parameters
+            if p.kind is p.KEYWORD_ONLY and p.name not in _OF_MODELS
+        }
         defaults = own | defaults
         if all(p.kind is not p.VAR_KEYWORD for p in parameters):
             break
@@ -204,6 +254,17 @@ def check_mixer_option(row: str, option: str, value: object) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if isinstance(default, float) and not is_number:
         raise fail(f"{name}[{option!r}]", repr(value), "a number", f"the default is {default}")
+
+
+def _check_layer(position: int, layer: object) -> None:
+    """A row's name, or it and options."""
+    pair = isinstance(layer, list) and len(layer) == 2
+    if not isinstance(layer, str) and not (
+        pair and isinstance(layer[0], str) and isinstance(layer[1], dict)  # type: ignore[index]
+    ):
+        expected = "a row's name, or a pair (name, options)"
+        fix = 'for example layers=[("gla", {"num_heads": 8}), "softmax_attention"]'
+        raise fail(f"layers[{position}]", repr(layer), expected, fix)
 
 
 def _check_integer(name: str, value: object, at_least: int) -> None:

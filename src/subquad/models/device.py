@@ -1,4 +1,4 @@
-"""The device that a person means."""
+"""From `auto`, `cpu`, `cuda` ... to a device."""
 
 import torch
 

@@ -45,6 +45,7 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        seq_idx: Tensor | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         replay: bool = False,
@@ -61,13 +62,13 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
                 asked to guess a text's start from the end of another.
             logits_to_keep: logits of the last n positions only (0 for all), or of the positions
                 in a 1-D tensor.
-            replay: this is one step of many, as generate() says: if it is one token a row on a GPU,
-                and all states have a constant size, replay it as a captured CUDA graph. The cache's
-                states are then written over by the next step; `copy.copy(cache)` keeps them.
+            replay: this is one step of many, as in generate(): if it is one token a sequence, on a
+                GPU, and all states have a constant size, replay it as a captured CUDA graph. The
+                cache's states are then overwritten by the next step; `copy.copy(cache)` keeps them.
             kwargs: for the loss, such as the Trainer's `num_items_in_batch`.
         """
         if replay and not (output_hidden_states or self.config.output_hidden_states):
-            others = (attention_mask, position_ids, inputs_embeds, labels, cu_seqlens)
+            others = (attention_mask, position_ids, inputs_embeds, labels, cu_seqlens, seq_idx)
             plain = use_cache is not False and all(x is None for x in others)
             if plain and isinstance(past_key_values, SubquadCache) and input_ids is not None:
                 logits = self._replay(input_ids, past_key_values)
@@ -81,6 +82,7 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             cu_seqlens=cu_seqlens,
+            seq_idx=seq_idx,
             output_hidden_states=output_hidden_states,
             **kwargs,
         )
@@ -104,7 +106,7 @@ class SubquadForCausalLM(SubquadPreTrainedModel, GenerationMixin):
         )
 
     def _replay(self, tokens: Tensor, cache: SubquadCache) -> Tensor | None:
-        """Not where `step` would leave out what somebody added to the stack, or a wrong cache."""
+        """Not where `step` would skip something added to the stack, nor with a wrong cache."""
         if type(self.model).forward is not _FORWARD or is_watched(self.model):
             return None
         return replay_step(self, tokens, cache) if len(cache) == len(self.model.layers) else None

@@ -1,4 +1,4 @@
-"""The loss of the next token: transformers' own, by kernels where nobody asked for another."""
+"""The next-token loss: transformers' own, computed by kernels unless the model has another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Padding is packing: only real tokens reach the mixers, laid end to end in one row.
+"""Padding is packing: only real tokens reach the mixers, laid end to end.
 
 A mixer knows rows that are full and rows that are packed (`cu_seqlens`), and nothing of masks.
 So whatever leaves holes in a batch (left, right or middle padding, a row with no token in this
@@ -22,12 +22,12 @@ from subquad.mixers.base import State
 
 @dataclass(frozen=True)
 class Packing:
-    """N sequences of one call that all start afresh, or that all go on from the cache.
+    """N sequences of one call that all start anew, or that all go on from the cache.
 
     Attributes:
         cu_seqlens: [N+1] int32, their bounds in the packed row.
         rows: [N] the cache's row that each belongs to.
-        fresh: they start afresh, so the mixers get no state.
+        fresh: they start anew, so the mixers get no state.
         tokens: [n] the place of each packed token in the flattened [B*T]; None for all in order.
         final: [R] which of the sequences come last in their row, and so leave it their state;
             None for all.
@@ -75,6 +75,30 @@ class Packing:
         read = self.last_of(self.cu_seqlens.diff().to(lengths.dtype))
         before = 0 if self.fresh else lengths[self.final_rows]
         return lengths.index_copy(0, self.final_rows, before + read)
+
+
+def check_past(attention_mask: Tensor | None, length: int, past: int, read: Tensor | None) -> None:
+    """ValueError where a mask over the past says that other tokens were read than were.
+
+    Args:
+        attention_mask: [B,past+length] or shorter; then there is nothing to check.
+        read: [B] tokens that each row of the cache has read in all; None where that is not known.
+    """
+    if attention_mask is None or read is None or past == 0 or attention_mask.ndim != 2:
+        return
+    if attention_mask.shape != (len(read), past + length):
+        return
+    claimed = (attention_mask[:, :past] != 0).sum(1)
+    wrong = (claimed != read.to(claimed.device)).nonzero().flatten()
+    if len(wrong):
+        row = int(wrong[0])
+        raise fail(
+            "attention_mask",
+            f"{int(claimed[row])} tokens in the past of sequence {row}",
+            f"{int(read[row])}, which its cache has read (generate() goes on reading a sequence "
+            "that has ended until the last of its batch has)",
+            "continue sequences that ended early by themselves, or without a cache",
+        )
 
 
 def pack(
@@ -161,7 +185,7 @@ def pack_given(
 
 
 def _packings(tokens: Tensor | None, starts: Tensor, rows: Tensor, fresh: Tensor) -> list[Packing]:
-    """Pack the sequences that start afresh and those that go on, each kind by itself.
+    """Pack the sequences that start anew and those that go on, each kind by itself.
 
     Apart, because a mixer's fresh start is `state=None`: no filling of a state's tensors means
     "nothing yet" for every mixer.

@@ -15,13 +15,15 @@ from transformers.utils import can_return_tuple
 from subquad.decode.cpu.decoder import Decoder
 from subquad.engines.runtime.validation import check_tensor
 from subquad.errors import fail
-from subquad.layers.norms import RMSNorm
+from subquad.layers.norms import at_least_float32, normed
+from subquad.mixers import MIXERS
 from subquad.mixers.base import Mixer, State
-from subquad.models.block import Block, normed
+from subquad.models.arguments import check_known, positions_from
+from subquad.models.block import Block
 from subquad.models.cache import SubquadCache
 from subquad.models.config import SubquadConfig
 from subquad.models.folder import check_model, save_whole
-from subquad.models.packing import Packing, pack, pack_given
+from subquad.models.packing import Packing, check_past, pack, pack_given
 from subquad.models.start import draw_missing, float32_names
 from subquad.models.tokens import embed
 
@@ -81,6 +83,8 @@ class SubquadPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, Mixer):
+            draw_missing(module, self.config.num_hidden_layers, module.shrunk_by_depth)
+        elif getattr(module, "starts_itself", False):
             draw_missing(module, self.config.num_hidden_layers)
         elif isinstance(module, Block):
             module.mark_undecayed()
@@ -100,9 +104,13 @@ class SubquadModel(SubquadPreTrainedModel):
     def __init__(self, config: SubquadConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        blocks = [Block(config, row) for row in config.rows]
+        blocks = [Block(config, index) for index in range(config.num_hidden_layers)]
+        first, last = blocks[0].layout, blocks[-1].layout
+        own = first.embed_norm
+        self.embed_norm = first.make_norm(config.hidden_size, config.norm_eps) if own else None
+        self.shared = nn.ModuleDict(_shared_modules(config))
         self.layers = nn.ModuleList(blocks)
-        self.norm = RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.norm = last.make_norm(config.hidden_size, config.norm_eps)
         self._keep_in_fp32_modules_strict = float32_names(blocks)
         self.gradient_checkpointing = False
         self.decoder = Decoder()
@@ -118,6 +126,7 @@ class SubquadModel(SubquadPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         cu_seqlens: Tensor | None = None,
+        seq_idx: Tensor | None = None,
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -131,14 +140,19 @@ class SubquadModel(SubquadPreTrainedModel):
             past_key_values: where an earlier call stopped. It is moved on in place, unless
                 use_cache is False.
             use_cache: return the cache; by default, when one came in, or when not training.
-            cu_seqlens: [N+1] int, the bounds of N texts laid end to end in the only row; 0 first,
-                T last. The cache then has N rows. (transformers' `cu_seq_lens_q` will do too.)
+            cu_seqlens: [N+1] int, the bounds of N texts laid end to end (B = 1); 0 first, T last.
+                The cache then has N sequences. (transformers' `cu_seq_lens_q` will do too.)
+            seq_idx: [B,T] int, the text that each token belongs to, as Mamba's models take it: a
+                text starts wherever it changes. In place of position_ids, and without a past.
             output_hidden_states: also return every block's input and the final output.
 
         Raises:
-            ValueError: naming the argument that does not fit, and how to mend it.
+            ValueError: naming the argument that does not fit, and the fix.
         """
+        check_known(kwargs)
         x = self._embed(input_ids, inputs_embeds)
+        if seq_idx is not None:
+            position_ids = positions_from(seq_idx, x.shape[:2], position_ids, past_key_values)
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
         if output_hidden_states is None:
@@ -184,30 +198,54 @@ class SubquadModel(SubquadPreTrainedModel):
                 "with a cache that holds the past, give the tokens after it; to generate(), the "
                 "whole text, or an attention_mask over it",
             )
-        return x.float() if self.config.residual_in_fp32 else x
+        if self.embed_norm is not None:
+            x = normed(self.embed_norm, x)
+        return at_least_float32(x) if self.config.residual_in_fp32 else x
 
     def _run(
         self, x: Tensor, past: list[State | None], cu_seqlens: Tensor | None, keep_all: bool
     ) -> tuple[list[Tensor], list[State]]:
         """Run all blocks: each block's input (if keep_all) and the output; each layer's state."""
+        modules = dict(self.shared.items())
+        shared = [modules.get(row) for row in self.config.rows]
+        self._refuse_reentrant(past)
         if cu_seqlens is None and not keep_all:
-            decoded = self.decoder(self.layers, self.norm, x, past)
+            decoded = self.decoder(self.layers, self.norm, x, past, shared)
             if decoded is not None:
                 return [decoded[0]], decoded[1]
         hidden, states = [], []
-        for block, state in zip(self.layers, past):
+        carried: dict[str, Tensor] = {}
+        for block, state, module in zip(self.layers, past, shared):
             if keep_all:
                 hidden.append(x)
-            x, state = block(x, state, cu_seqlens)
+            x, state, carried = block(x, state, cu_seqlens, carried, module)
             states.append(state)
         return [*hidden, normed(self.norm, x)], states
+
+    def _refuse_reentrant(self, past: list[State | None]) -> None:
+        """Reentrant checkpointing follows no tensor inside a dict: gradients through states, or
+        through what layers carry to later ones, would be lost without a word."""
+        if not (self.training and torch.is_grad_enabled() and self.gradient_checkpointing):
+            return
+        checkpoint = getattr(self.layers[0], "_gradient_checkpointing_func", None)
+        if not getattr(checkpoint, "keywords", {}).get("use_reentrant"):
+            return
+        tensors = [t for state in past if state is not None for t in state.values()]
+        carries = any(getattr(block.mixer, "carries", ()) for block in self.layers)
+        if carries or any(t.requires_grad for t in tensors):
+            raise fail(
+                "use_reentrant",
+                True,
+                "False where gradients flow through states or from layer to layer",
+                'gradient_checkpointing_enable({"use_reentrant": False})',
+            )
 
     def _run_packed(
         self, x: Tensor, past: list[State | None], packings: list[Packing], keep_all: bool
     ) -> tuple[list[Tensor], list[tuple[Packing, list[State]]]]:
         """Run each packing, and put its outputs where its tokens were, among zeros."""
         results = []
-        dtype = self.norm.weight.dtype
+        dtype: Any = self.norm.weight.dtype
         inputs = [torch.zeros_like(x)] * (len(self.layers) if keep_all else 0)
         out = [*inputs, torch.zeros_like(x, dtype=dtype)]
         for packing in packings:
@@ -216,6 +254,16 @@ class SubquadModel(SubquadPreTrainedModel):
             out = [packing.scatter(h, into) for h, into in zip(hidden, out)]
             results.append((packing, states))
         return out, results
+
+
+def _shared_modules(config: SubquadConfig) -> dict[str, nn.Module]:
+    """What the layers of each row share, by row; most share nothing."""
+    found = {}
+    for index, row in enumerate(config.rows):
+        if row not in found:
+            options = config.mixer_kwargs(index)
+            found[row] = MIXERS[row].shared(config.hidden_size, config.num_hidden_layers, **options)
+    return {row: module for row, module in found.items() if module is not None}
 
 
 def _check_cache(cache: object, num_layers: int) -> SubquadCache:
@@ -244,4 +292,5 @@ def _plan(
     if bounds is not None:
         return pack_given(bounds, batch, length, attention_mask, position_ids, *known)
     past = cache.get_seq_length()
+    check_past(attention_mask, length, past, cache.read)
     return pack(batch, length, attention_mask, position_ids, past, *known)

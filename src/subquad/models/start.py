@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from subquad.mixers.base import Mixer
+from collections.abc import Iterable
+from typing import Any
+
 from subquad.models.block import Block
 
 
-def draw_missing(mixer: Mixer, depth: int) -> None:
-    """Start a mixer as published, all but what has just been loaded from a checkpoint.
+def draw_missing(module: Any, depth: int, shrunk: Iterable[str] = ()) -> None:
+    """Start a module by its `reset_parameters`, but for what has just been loaded.
 
     Its projections come here with transformers' standard start, for children are visited first.
     transformers marks each tensor that it loads and makes `torch.nn.init` skip those; a mixer may
@@ -16,14 +18,14 @@ def draw_missing(mixer: Mixer, depth: int) -> None:
     `depth` layers add to one residual, so what a mixer says is shrunk by depth is divided by its
     root (Radford et al. 2019, GPT-2, section 2.3; so do Mamba and Mamba-2).
     """
-    tensors = [*mixer.parameters(), *mixer.buffers()]
+    tensors = [*module.parameters(), *module.buffers()]
     loaded = [t for t in tensors if getattr(t, "_is_hf_initialized", False)]
     if len(loaded) == len(tensors):
         return
     values = [t.clone() for t in loaded]
-    mixer.reset_parameters()
-    for name in mixer.shrunk_by_depth:
-        mixer.get_parameter(name).mul_(depth**-0.5)
+    module.reset_parameters()
+    for name in shrunk:
+        module.get_parameter(name).mul_(depth**-0.5)
     for tensor, value in zip(loaded, values):
         tensor.copy_(value)
 
@@ -34,5 +36,10 @@ def float32_names(blocks: list[Block]) -> set[str]:
     They are the parameters that mixers own themselves and not through a projection: decays, time
     steps, skips. Over thousands of steps their rounding would add up.
     """
-    mixers = [block.mixer for block in blocks]
-    return {rf"mixer\.{name}$" for m in mixers for name, _ in m.named_parameters(recurse=False)}
+    parts = [("mixer", block.mixer) for block in blocks] + [("mlp", block.mlp) for block in blocks]
+    return {
+        rf"{place}\.{name}$"
+        for place, module in parts
+        if module is not None
+        for name, _ in module.named_parameters(recurse=False)
+    }

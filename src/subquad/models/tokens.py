@@ -1,4 +1,4 @@
-"""Token ids in: what a wrong one would otherwise become deep inside an embedding or a loss."""
+"""Token ids and labels are checked here, before they fail deep inside an embedding or a loss."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from subquad.labels import IGNORE
 def embed(embedding: nn.Module, input_ids: object, vocab_size: int) -> Tensor:
     """[B,T] int -> [B,T,hidden].
 
-    Values are not looked at beforehand: that costs time with every decoded token, and a GPU would
+    Values are not checked beforehand: that costs time with every decoded token, and a GPU would
     have to wait. A CPU finds a wrong one by itself, and it is put in words here.
     """
     ids = _check_ids("input_ids", input_ids)

@@ -1,4 +1,4 @@
-"""Continuous time: linear systems, what they remember, and what noise hides of them.
+"""Continuous time: linear systems, their memory, and filtering them out of noise.
 
 StateSpace(A, B, C, D)     discretize, solve, frequency_response; then simulate and convolve
 HiPPO("legs", N)           a memory of the whole past in N numbers; nplr and s4_kernel: its use

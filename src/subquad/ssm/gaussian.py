@@ -43,7 +43,8 @@ class GaussianStateSpace:
             one says that nothing is known.
 
     Raises:
-        ValueError: for shapes that do not fit, covariances that are none, no stationary state.
+        ValueError: for shapes that do not fit, matrices that are no covariances, or no stationary
+            state.
     """
 
     system: DiscreteStateSpace

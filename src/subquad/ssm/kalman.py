@@ -41,7 +41,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Filtered:
-    """The states as known from the observations up to each, and just before each.
+    """The states given the observations up to each time, and up to just before it.
 
     Attributes:
         mean, cov: [...,T,N] and [...,T,N,N], given y_0 ... y_k.
@@ -66,7 +66,7 @@ class Filtered:
 
 @dataclass(frozen=True, eq=False)
 class Smoothed:
-    """The states as known from all observations: mean [...,T,N], cov [...,T,N,N]."""
+    """The states given all observations: mean [...,T,N], cov [...,T,N,N]."""
 
     mean: Tensor
     cov: Tensor
@@ -186,7 +186,7 @@ def finish(
 
 
 def smooth(model: Model, filtered: Filtered) -> Smoothed:
-    """Backwards from the last state: what the future tells of each."""
+    """Backwards from the last state: each given the whole future."""
     E, base, rest = backward_terms(model, filtered)
     m, P = filtered.mean[..., -1, :], filtered.cov[..., -1, :, :]
     means, covs = [m], [P]

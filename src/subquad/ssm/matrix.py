@@ -89,7 +89,7 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class Diagonal:
-    """diag(lam): a state whose numbers do not meet. `lam` [...,N], real or complex."""
+    """diag(lam): the numbers of the state do not interact. `lam` [...,N], real or complex."""
 
     lam: Tensor
 

@@ -24,7 +24,7 @@ POINTS = 512  # of a transfer function computed at a time: N^2 numbers each
 
 @dataclass(frozen=True, eq=False)
 class LinearSystem:
-    """A, B, C and D, checked: a state, what enters it, what is read, what passes by.
+    """A, B, C and D, checked: a state, its input, its output, and the direct path past it.
 
     Args:
         A: [...,N,N], or `Diagonal(lam)` or `DPLR(lam, p, q)`; real or complex.

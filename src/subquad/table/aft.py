@@ -12,6 +12,7 @@ ROWS = (
         "keeps every k_t, v_t",
         "y_t = σ(q_t) ⊙ Σ_s e^{k_s + w_ts} v_s / Σ_s e^{k_s + w_ts}",
         "2·T·d",
+        state_grows=True,
     ),
     Row(
         "aft_local",

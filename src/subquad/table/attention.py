@@ -12,6 +12,7 @@ ROWS = (
         "keeps every k_t, v_t",
         "o_t = Σ_{s≤t} softmax_s(k_s · q_t / √K) v_s",
         "2·T·Hk·K",
+        state_grows=True,
     ),
     Row(
         "sliding_window_attention",
@@ -34,5 +35,6 @@ ROWS = (
         "2·T·d",
         "O(T·log T·d)",
         "O(T·d)",
+        state_grows=True,
     ),
 )

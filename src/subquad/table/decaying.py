@@ -58,7 +58,7 @@ ROWS = (
     ),
     Row(
         "abc",
-        Recurrence(decay="token_key", read_out="own"),
+        Recurrence(decay="token_value", read_out="own"),
         "Peng et al. 2022, arXiv:2110.02488",
         "m slots written with weights e^{s_t}/Σ e^s",
         "K̃_t, Ṽ_t: m slots, running averages of k and v",
@@ -66,10 +66,11 @@ ROWS = (
         "2·H·m·K",
         "O(T·H·m·K)",
         "O(H·m·K)",
+        then=(Recurrence(decay="token_key", read_out="own"),),
     ),
     Row(
         "gsa",
-        Recurrence(decay="token_key", read_out="own"),
+        Recurrence(decay="token_value", read_out="own"),
         "Zhang et al. 2024, arXiv:2409.07146",
         "m slots, each with a forget gate α_t",
         "K̃_t = diag(α_t) K̃_{t-1} + (1-α_t) k_tᵀ, likewise Ṽ_t",
@@ -77,5 +78,6 @@ ROWS = (
         "2·H·m·K",
         "O(T·H·m·K)",
         "O(H·m·K)",
+        then=(Recurrence(decay="token_key", read_out="own"),),
     ),
 )

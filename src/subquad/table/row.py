@@ -28,6 +28,13 @@ class Row:
     state_: str = ""
     train_: str = ""
     decode_: str = ""
+    then: tuple[Recurrence, ...] = ()  # recurrences that read what the first one gave
+    state_grows: bool = False  # with every token, as attention's keys and values do
+
+    @property
+    def recurrences(self) -> tuple[Recurrence, ...]:
+        """All of them, in the order in which they run."""
+        return (self.recurrence, *self.then)
 
     @property
     def engine(self) -> str:
@@ -49,7 +56,7 @@ class Row:
         if self.state_:
             return self.state_
         if self.engine == "matrix":
-            return "H·K·(V+1)" if self.recurrence.read_out == "normalised" else "H·K·V"
+            return "H·(K·V + K)" if self.recurrence.read_out == "normalised" else "H·K·V"
         return "d·N"
 
     @property
@@ -91,6 +98,7 @@ class Row:
             "state_size": self.state,
             "train_complexity": self.train,
             "decode_complexity": self.decode,
+            "state_grows": self.state_grows,
             "time_invariant": self.recurrence.time_invariant,
             "forms": list(self.recurrence.forms),
             "paper": self.paper,

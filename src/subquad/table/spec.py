@@ -30,12 +30,15 @@ DECAYS = (
     "fixed_element",
     "token_head",
     "token_key",
+    "fixed_value",
+    "token_value",
     "token_key_value",
     "token_element",
 )
 ERASES = ("none", "delta", "low_rank")
 READS = ("plain", "normalised", "bonus", "own")
 
+# As written to the left of the state; a decay along values stands to its right.
 _DECAY_SYMBOL = {
     "none": "",
     "fixed_head": "γ ",
@@ -43,6 +46,8 @@ _DECAY_SYMBOL = {
     "fixed_element": "A ",
     "token_head": "γ_t ",
     "token_key": "diag(α_t) ",
+    "fixed_value": "",
+    "token_value": "",
     "token_key_value": "(α_t β_tᵀ) ⊙ ",
     "token_element": "exp(Δ_t A) ⊙ ",
 }
@@ -58,8 +63,8 @@ class Recurrence:
             an SSM or a long convolution), "attention", "nonlinear".
         decay: one of `DECAYS`.
         erase: "none", "delta" or "low_rank" (matrix engine only).
-        read: "plain" S^T q; "normalised", divided by the same read of the summed keys (an extra
-            column of ones in v, a state [K,V+1]); "bonus", before the write, the current token
+        read_out: "plain" S^T q; "normalised", divided by the same read of the summed keys, z [K]
+            beside S; "bonus", before the write, the current token
             weighted by u; "own", the row's published read-out (see the row).
 
     Raises:
@@ -82,6 +87,10 @@ class Recurrence:
         choose("read_out", self.read_out, READS)
         if self.erase != "none" and self.engine != "matrix":
             raise fail("erase", self.erase, "'none' outside the matrix engine", "engine='matrix'")
+        along_values = "value" in self.decay
+        if along_values and (self.erase != "none" or self.read_out == "bonus"):
+            got = f"{self.decay!r} with an erase or a bonus"
+            raise fail("decay", got, "a decay a head or a key channel", "no published row has both")
         if self.erase != "none" and self.read_out == "bonus":
             raise fail("read_out", "'bonus' with an erase", "'plain'", "no published row has both")
         if self.engine == "invariant" and self.decay.startswith("token"):
@@ -106,9 +115,10 @@ class Recurrence:
         return self.engine != "attention"
 
     def state_shape(self, H: int, K: int, V: int) -> tuple[int, ...]:
-        """Of one sequence. Matrix: [H,K,V]; element-wise: [H*V channels, K numbers each]."""
+        """Of one sequence. Matrix: [H,K,V] (and z [H,K] where normalised); element-wise: [H*V
+        channels, K numbers each]."""
         if self.engine == "matrix":
-            return (H, K, V + 1 if self.read_out == "normalised" else V)
+            return (H, K, V)
         if self.engine in ("selective", "average", "invariant"):
             return (H * V, K)
         raise fail(
@@ -119,6 +129,9 @@ class Recurrence:
     def write(self) -> str:
         """The recurrence as a formula."""
         d = _DECAY_SYMBOL[self.decay]
+        S = {"fixed_value": "S_{t-1} diag(w)", "token_value": "S_{t-1} diag(β_t)"}.get(
+            self.decay, "S_{t-1}"
+        )
         if self.engine == "selective":
             return f"h_t = {d}h_{{t-1}} + Δ_t B_t x_t"
         if self.engine == "invariant":
@@ -126,10 +139,10 @@ class Recurrence:
         if self.engine != "matrix":
             return ""
         if self.erase == "delta":
-            return f"S_t = (I - β_t k_t k_tᵀ) {d}S_{{t-1}} + β_t k_t v_tᵀ"
+            return f"S_t = (I - β_t k_t k_tᵀ) {d}{S} + β_t k_t v_tᵀ"
         if self.erase == "low_rank":
-            return f"S_t = ({d or 'I '}+ b_t a_tᵀ) S_{{t-1}} + k_t v_tᵀ"
-        return f"S_t = {d}S_{{t-1}} + k_t v_tᵀ"
+            return f"S_t = ({d or 'I '}+ b_t a_tᵀ) {S} + k_t v_tᵀ"
+        return f"S_t = {d}{S} + k_t v_tᵀ"
 
     @property
     def read(self) -> str:

@@ -56,5 +56,6 @@ ROWS = (
         "T·d",
         "O(T·log T·d)",
         "O(T·d)",
+        state_grows=True,
     ),
 )

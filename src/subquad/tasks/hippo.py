@@ -1,4 +1,4 @@
-"""Reconstruction: a signal is read once, and then asked for at any time of its past."""
+"""Reconstruction: a signal is read once, and is then due at any time of its past."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from subquad.tasks.base import (
 
 @dataclass(frozen=True, kw_only=True)
 class Hippo(Task):
-    """Read a band-limited signal of unit variance, then say what it was at times given.
+    """Read a band-limited signal of unit variance, then give its values at any of its times.
 
     What HiPPO was made for (Gu et al. 2020, arXiv:2008.07669, section 2.3 and figure 2): a state of
     N numbers from which the whole past can be reconstructed. A signal is a sum of `waves` sines

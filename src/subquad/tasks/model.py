@@ -1,4 +1,4 @@
-"""A row between what a task gives and what it asks.
+"""The model of a row on a task: from its inputs to its answers.
 
 B sequences   T positions   D hidden channels   n positions at which something is asked
 """
@@ -43,7 +43,7 @@ class TaskModel(nn.Module):
         return output.last_hidden_state, output.past_key_values
 
     def answer(self, hidden: Tensor, where: Tensor) -> Tensor:
-        """What is said, [n,vocabulary] or [n], at these n of the B*T positions of [B,T,D]."""
+        """The answers, [n,vocabulary] or [n], at these n of the B*T positions of [B,T,D]."""
         said = self.head(hidden.flatten(0, 1).index_select(0, where)).float()
         return said if self.encoder is None else said[:, 0]
 

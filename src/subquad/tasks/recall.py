@@ -164,7 +164,7 @@ class MQAR(Task):
         pairs: to remember.
         power: of the gaps; 1 makes them uniform.
         random_filler: fill what is left with any tokens, as the later code does, instead of 0 (as
-            for the paper's figure 2). Harder: a filler may look like a key.
+            for the paper's figure 2). Harder: a filler may equal a key.
         test_sizes: (length, pairs) on which a trained model is tested besides.
     """
 

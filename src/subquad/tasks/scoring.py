@@ -1,4 +1,4 @@
-"""How well a model does a task, at any length in the memory of one chunk and the state."""
+"""How well a model does a task, at any length, in the memory of one chunk and the state."""
 
 from __future__ import annotations
 

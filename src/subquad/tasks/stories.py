@@ -57,12 +57,12 @@ class Stories(Task):
         yes_no       is anna in the forest ?            no      (as often yes as no)
         counting     how many things does anna hold ?   one
 
-    A question is asked only if what was told answers it. The answer is one word, due at the "?".
+    A question is asked only if the sentences answer it. The answer is one word, due at the "?".
     bAbI counts a kind as solved from 95 %.
 
     Settings:
         kind: of the questions; "mixed" draws one for each story.
-        sentences: told before the question.
+        sentences: before the question.
         people, places, things: in the world, at most 8, 8 and 6.
         test_sentences: story lengths on which a trained model is tested besides.
     """
@@ -154,12 +154,12 @@ class Stories(Task):
 
 
 class World:
-    """The worlds of n stories, and what was told of them.
+    """The worlds of n stories, and what their sentences have said.
 
     at [n,people]: where each person is, -1 if that was never said.
     holder [n,things]: who has each thing, -1 for nobody.
     place, before [n,things]: where each thing is and the place it was at before that, -1 if that
-        cannot be known from what was told.
+        cannot be known from the sentences.
     """
 
     def __init__(self, random: np.random.Generator, n: int, task: Stories) -> None:

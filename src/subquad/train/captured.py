@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from subquad.backend.fast_paths import are_fast_paths_on
+from subquad.backend.gpu.capture import capture
+
 _EAGER = 3  # like steps before the capture: kernels compile, libraries and the optimiser set up
 
 
@@ -45,6 +48,8 @@ class Captured:
         kinds = _kinds(tensors)
         self.calls = self.calls + 1 if kinds == self.kinds else 1
         self.kinds = kinds
+        if not are_fast_paths_on():
+            return self._eagerly(tensors)
         if self.graph is None and self.fit:
             if self.calls == _EAGER:
                 torch.cuda.empty_cache()  # of what others have left, as a model trained before
@@ -75,14 +80,9 @@ class Captured:
         torch.cuda.empty_cache()  # of what the graph is about to get again
         # Copies: each call writes over them, and a batch on the device is the caller's.
         self.inputs = [tensor.to(self.device, copy=True) for tensor in tensors]
-        graph = torch.cuda.CUDAGraph()
-        # Where a capture's end fails, as after a step that waited, torch leaves its stream current.
-        here = torch.cuda.stream(torch.cuda.current_stream(self.device))
-        # Another thread draws and pins batches meanwhile: none of the graph's business.
-        there = torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local")
         try:
-            with here, there:
-                self.outputs = self.step(*self.inputs)
+            here = torch.cuda.current_stream(self.device)
+            graph, self.outputs = capture(lambda: self.step(*self.inputs), self.side, here)
         except RuntimeError as error:
             self.fit = False
             reason = str(error).splitlines()[0]

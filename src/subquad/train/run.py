@@ -16,11 +16,19 @@ from typing import Any, BinaryIO
 import torch
 
 from subquad import __version__
-from subquad.files import check_path, read_json, remove, sync, sync_tree, write_json, write_sums
+from subquad.files import (
+    check_path,
+    read_json,
+    remove,
+    sync,
+    sync_tree,
+    take_lock,
+    write_json,
+    write_sums,
+)
 from subquad.models.folder import write_model
 from subquad.train.checkpoint import CheckpointError
 from subquad.train.config import TrainConfig
-from subquad.train.lock import take_lock
 from subquad.train.metrics import read_metrics
 
 _LOCK, _CONFIG = ".lock", "config.json"

@@ -53,9 +53,11 @@ def exp(x):  # type: ignore[no-untyped-def]
     """e^x in float32, to 1e-7 relative, without a branch or a call, so that LLVM vectorises it.
 
     x = n ln 2 + r with |r| <= ln(2)/2; e^r by a polynomial fitted at Chebyshev nodes (1e-8);
-    2^n by writing n into the exponent's bits. Below -87 it stays at e^-87 = 1.6e-38.
+    2^n by writing n into the exponent's bits. Below -87, where numbers are denormal, it is 0; above
+    88 it stays at e^88 = 1.7e38.
     """
-    x = SMALLEST_EXPONENT if x < SMALLEST_EXPONENT else x  # NaN passes both comparisons
+    nothing = x < SMALLEST_EXPONENT
+    x = SMALLEST_EXPONENT if nothing else x  # NaN passes both comparisons
     x = LARGEST_EXPONENT if x > LARGEST_EXPONENT else x
     n = np.floor(x * LOG2_E + np.float32(0.5))
     r = (x - n * LN2_HIGH) - n * LN2_LOW
@@ -64,13 +66,15 @@ def exp(x):  # type: ignore[no-untyped-def]
     p = p * r + np.float32(1.6666577003e-1)
     p = p * r + np.float32(5.0000000135e-1)
     p = p * r * r + r + np.float32(1.0)
-    return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+    power = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return np.float32(0.0) if nothing else p * power
 
 
 @jit
 def sigmoid(x):  # type: ignore[no-untyped-def]
-    """1 / (1 + e^-x) in float32."""
-    return np.float32(1.0) / (np.float32(1.0) + exp(-x))
+    """1 / (1 + e^-x) in float32, down to 0: e^-x is a square, so that it reaches infinity."""
+    root = exp(np.float32(-0.5) * x)
+    return np.float32(1.0) / (np.float32(1.0) + root * root)
 
 
 @intrinsic
@@ -96,9 +100,37 @@ def address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+class _Memory:
+    """A tensor as NumPy's protocol for arrays sees it."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.tensor = x  # kept alive by the array
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (x.data_ptr(), False),
+            "shape": tuple(x.shape),
+            "strides": tuple(x.itemsize * stride for stride in x.stride()),
+            "typestr": _TYPES[x.dtype],
+        }
+
+
+_TYPES = {torch.float32: "<f4", torch.float64: "<f8", torch.int32: "<i4", torch.int64: "<i8"}
+
+
+def as_array(x: Tensor) -> np.ndarray:
+    """A CPU tensor's memory as an array, which keeps it alive.
+
+    Not `x.numpy()`: after that torch refuses to resize the storage, which is somebody's parameter
+    and which FSDP frees and fills between uses.
+    """
+    if x.numel() == 0:
+        return np.empty(tuple(x.shape), _TYPES[x.dtype])
+    return np.asarray(_Memory(x))
+
+
 def array(x: Tensor) -> np.ndarray:
     """A tensor's memory as an array, copied only if it is not contiguous."""
-    return (x.detach() if x.requires_grad else x).contiguous().numpy()
+    return as_array(x.contiguous())
 
 
 def rows(x: Tensor) -> tuple[np.ndarray, int]:
@@ -110,7 +142,7 @@ def rows(x: Tensor) -> tuple[np.ndarray, int]:
     x, stride = evenly_spaced(x.detach())
     D = x.shape[-1]
     M = x.numel() // D
-    return x.as_strided(((M - 1) * stride + D,), (1,)).numpy(), stride
+    return as_array(x.as_strided(((M - 1) * stride + D,), (1,))), stride
 
 
 def evenly_spaced(x: Tensor) -> tuple[Tensor, int]:
@@ -134,7 +166,7 @@ def sequence_bounds(batch: int, T: int, cu_seqlens: Tensor | None) -> np.ndarray
     """
     if cu_seqlens is None:
         return np.arange(batch + 1, dtype=np.int64) * T
-    bounds = cu_seqlens.to(torch.int64).contiguous().numpy()
+    bounds = as_array(cu_seqlens.to(torch.int64).contiguous())
     if bounds[0] != 0 or bounds[-1] != T or (np.diff(bounds) <= 0).any():
         raise ValueError(
             f"cu_seqlens: got {bounds[:12].tolist()}; expected strictly increasing boundaries from "
@@ -195,7 +227,7 @@ _Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def _openmp() -> Callable[..., None] | None:
-    """The entry into the OpenMP runtime that torch runs on, where it is GNU's or speaks like it."""
+    """The entry point of torch's OpenMP runtime, if it is GNU's or compatible with it."""
     try:
         parallel = ctypes.CDLL(None).GOMP_parallel
     except (AttributeError, OSError, TypeError):

@@ -4,7 +4,7 @@ A library's batched product of chunk-sized matrices reaches a third of the speed
 (its own threads, copies and checks for each), and between two of its calls everything leaves the
 cache. Compiled code that walks over chunks wants the product itself, on matrices that are in the
 cache already. The tile below is the whole trick: ROWS x COLS sums stay in registers while their
-rows and columns stream by, in vectors that we spell out (`vectors_cpu.py`), because the compiler by
+rows and columns stream by, in vectors that we spell out (`vectors.py`), because the compiler by
 itself keeps sums in memory and vectors half as wide.
 
 Sizes: M and L any multiples of ROWS, N of LANES; whoever calls pads with zeros, `padded` says to

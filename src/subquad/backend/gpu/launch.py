@@ -25,7 +25,7 @@ class Launch(NamedTuple):
 
     @property
     def key(self) -> tuple:
-        """What tells most kernels apart; Triton itself looks at more, as at types and alignment."""
+        """What distinguishes most kernels; Triton itself also considers types and alignment."""
         return (self.kernel, *self.options.items())
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from subquad.backend.fast_paths import are_fast_paths_on
 from subquad.backend.gpu.launch import Launch, witness
 
 KINDS = 512  # of calls, remembered for each function; the oldest is forgotten first
@@ -54,7 +55,8 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
     scripts: OrderedDict[tuple, Script | bool] = OrderedDict()
 
     def run(args: tuple) -> Any:
-        if torch._C._len_torch_dispatch_stack() > 0:  # somebody wants to see the operations
+        # Where it is switched off, or somebody wants to see the operations.
+        if not are_fast_paths_on() or torch._C._len_torch_dispatch_stack() > 0:
             return function(*args)
         kind = _kind(args)
         script = scripts.get(kind)
@@ -81,7 +83,7 @@ def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def record(function: Callable[..., Any], args: tuple) -> tuple[Any, Script | bool]:
-    """What the function returns, and a script of what it did (False: it cannot be told)."""
+    """What the function returns, and a script of what it did (False: it cannot be recorded)."""
     script = Script(args)
     witness.script = script
     try:
@@ -112,7 +114,7 @@ def _kind(args: tuple) -> tuple:
 
 
 def _differ(args: tuple) -> bool:
-    """Whether the tensors can be told apart. Calls that give one twice are not recorded."""
+    """Whether the tensors are all different. Calls that pass one twice are not recorded."""
     tensors = [id(x) for x in args if isinstance(x, Tensor)]
     return len(tensors) == len(set(tensors))
 
@@ -236,7 +238,7 @@ def _allocation(like: Tensor) -> Callable[[list], None]:
 
 
 class _Operations(TorchDispatchMode):
-    """Tells a script of PyTorch's operations. (Launches tell of themselves.)"""
+    """Adds PyTorch's operations to a script. (Launches add themselves.)"""
 
     def __init__(self, script: Script) -> None:
         super().__init__()

@@ -6,16 +6,18 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from subquad.backend.fast_paths import are_fast_paths_on
 from subquad.decode.cpu.operations import Untraceable
 from subquad.decode.cpu.recording import Recording
 from subquad.decode.cpu.trace import Trace
-from subquad.decode.fingerprint import Look, is_value
+from subquad.decode.fingerprint import Fingerprint, has_plain_settings
 from subquad.engines.runtime.eager import can_call_compiled_code
-from subquad.layers.norms import RMSNorm, normed
+from subquad.layers.norms import normed
 from subquad.layers.projection import is_every_module_watched, is_watched
 from subquad.layers.traceable import is_traceable
 from subquad.mixers.base import Mixer, State
@@ -36,7 +38,7 @@ class Decoder:
     """
 
     def __init__(self) -> None:
-        self._look: Look | None = None
+        self._fingerprint: Fingerprint | None = None
         self._pieces: list[_Piece] = []
         self._lock = threading.Lock()  # a trace has room for one token
 
@@ -44,9 +46,16 @@ class Decoder:
         return Decoder, ()  # the weights of a copy lie elsewhere
 
     def __call__(
-        self, blocks: nn.ModuleList, norm: RMSNorm, x: Tensor, past: Sequence[State | None]
+        self,
+        blocks: nn.ModuleList,
+        norm: nn.Module,
+        x: Tensor,
+        past: Sequence[State | None],
+        shared: Sequence[nn.Module | None],
     ) -> tuple[Tensor, list[State]] | None:
         """x [1,1,hidden] after all blocks and the norm, and their states; None where it cannot."""
+        if not are_fast_paths_on():
+            return None
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.shape[:2] != (1, 1):
             return None
         if torch.is_autocast_enabled("cpu") or not can_call_compiled_code((x,)):
@@ -57,45 +66,61 @@ class Decoder:
         if not self._lock.acquire(blocking=False):
             return None
         try:
-            if self._look is None or self._look.changed(blocks, norm):
-                self._look = None  # should this be interrupted
-                self._pieces = list(_pieces([*blocks], norm, x, known))
+            roots = (blocks, norm, *dict.fromkeys(m for m in shared if m is not None))
+            if self._fingerprint is None or self._fingerprint.changed(*roots):
+                self._fingerprint = None  # should this be interrupted
+                layers = [_Layer(block, module) for block, module in zip(blocks, shared)]
+                self._pieces = list(_pieces(layers, norm, x, known))
                 traced = [m for p in self._pieces if p.trace is not None for m in p.modules]
-                self._look = Look(traced, blocks, norm)
+                self._fingerprint = Fingerprint(traced, *roots)
             states: list[State] = []
+            carried: dict[str, Tensor] = {}
             for piece in self._pieces:
-                x, new = piece.run(x, known[len(states) : len(states) + len(piece.blocks)])
+                own = known[len(states) : len(states) + len(piece.layers)]
+                x, new, carried = piece.run(x, own, carried)
                 states += new
         finally:
             self._lock.release()
         return x, states
 
 
+class _Layer(NamedTuple):
+    """A block, and what it shares with others of its row."""
+
+    block: nn.Module
+    shared: nn.Module | None
+
+
 @dataclass
 class _Piece:
-    """Blocks in a row, perhaps none, the norm if they end the stack, and their trace if there is
+    """Layers in a row, perhaps none, the norm if they end the stack, and their trace if there is
     one."""
 
-    blocks: list[nn.Module]
-    norm: RMSNorm | None = None
+    layers: list[_Layer]
+    norm: nn.Module | None = None
     trace: Trace | None = None
     names: Sequence[tuple[str, ...]] = ()  # of each block's state, in the trace's order
+    carries: tuple[str, ...] = ()  # what the trace leaves for later layers
 
     @property
     def modules(self) -> list[nn.Module]:
-        return [*self.blocks] if self.norm is None else [*self.blocks, self.norm]
+        modules = [m for layer in self.layers for m in layer if m is not None]
+        return modules if self.norm is None else [*modules, self.norm]
 
-    def run(self, x: Tensor, past: list[State]) -> tuple[Tensor, list[State]]:
-        """All in order: x and the states of the blocks."""
+    def run(
+        self, x: Tensor, past: list[State], carried: dict[str, Tensor]
+    ) -> tuple[Tensor, list[State], dict[str, Tensor]]:
+        """All in order: x, the states of the blocks and what is carried on."""
         outputs = None if self.trace is None else self._run_trace(self.trace, x, past)
         if outputs is not None:
             tensors = iter(outputs[1:])
-            return outputs[0], [dict(zip(names, tensors)) for names in self.names]
+            states = [dict(zip(names, tensors)) for names in self.names]
+            return outputs[0], states, carried | dict(zip(self.carries, tensors))
         states = []
-        for block, state in zip(self.blocks, past):
-            x, state = block(x, state)
+        for (block, shared), state in zip(self.layers, past):
+            x, state, carried = block(x, state, None, carried, shared)
             states.append(state)
-        return x if self.norm is None else normed(self.norm, x), states
+        return x if self.norm is None else normed(self.norm, x), states, carried
 
     def _run_trace(self, trace: Trace, x: Tensor, past: list[State]) -> list[Tensor] | None:
         if list(map(len, past)) != list(map(len, self.names)):
@@ -108,35 +133,45 @@ class _Piece:
 
 
 def _pieces(
-    blocks: list[nn.Module], norm: RMSNorm, x: Tensor, past: list[State]
+    layers: list[_Layer], norm: nn.Module, x: Tensor, past: list[State]
 ) -> Iterator[_Piece]:
-    """Blocks that can be traced and blocks that cannot, in turn, and the norm."""
-    called: list[nn.Module] = []
-    ended = False
-    while blocks:
-        piece = _traced(blocks, norm, x, past)
+    """Layers that can be traced and layers that cannot, in turn, and the norm."""
+    called: list[_Layer] = []
+    ended, begun = False, False  # begun: an earlier piece may carry something on
+    while layers:
+        piece = _traced(layers, norm, x, past, begun)
         if piece is None:
-            called.append(blocks[0])
+            called.append(layers[0])
         else:
             if called:
                 yield _Piece(called)
             yield piece
             called, ended = [], piece.norm is not None
-        done = 1 if piece is None else len(piece.blocks)
-        blocks, past = blocks[done:], past[done:]
+        done = 1 if piece is None else len(piece.layers)
+        begun = begun or any(map(_carries, layers[:done]))
+        layers, past = layers[done:], past[done:]
     if not ended:
         yield _Piece(called, norm)
 
 
-def _traced(blocks: list[nn.Module], norm: RMSNorm, x: Tensor, past: list[State]) -> _Piece | None:
-    """As many of the blocks as can be, from the first on, and the norm behind the last of all."""
+def _carries(layer: _Layer) -> bool:
+    return bool(getattr(getattr(layer.block, "mixer", None), "carries", ()))
+
+
+def _traced(
+    layers: list[_Layer], norm: nn.Module, x: Tensor, past: list[State], begun: bool
+) -> _Piece | None:
+    """As many of the layers as can be, from the first on, and the norm behind the last of all."""
     recording, names = Recording(), []
     x = recording.input(x.shape)
     inputs, outputs, ending = [x], [], None
+    carried: dict[str, Tensor] = {}
     try:
-        for block, state in zip(blocks, past):
+        for layer, state in zip(layers, past):
+            if begun and _carries(layer):
+                raise Untraceable("what a layer outside the trace carried on")
             own = {name: recording.input(tensor.shape) for name, tensor in state.items()}
-            x, after = _record(recording, block, x, own, state)
+            x, after, carried = _record(recording, layer, x, own, state, carried)
             inputs += own.values()
             outputs += [after[name] for name in own]
             names.append(tuple(own))
@@ -147,22 +182,31 @@ def _traced(blocks: list[nn.Module], norm: RMSNorm, x: Tensor, past: list[State]
         pass
     if not names:
         return None
-    return _Piece(blocks[: len(names)], ending, Trace(recording, inputs, [x, *outputs]), names)
+    trace = Trace(recording, inputs, [x, *outputs, *carried.values()])
+    return _Piece(layers[: len(names)], ending, trace, names, tuple(carried))
 
 
 def _record(
-    recording: Recording, block: nn.Module, x: Tensor, own: State, state: State
-) -> tuple[Tensor, State]:
-    """x and the state after the block, from a state `own` like `state`; or Untraceable."""
-    if not _can_trace(block) or any(t.dtype != torch.float32 for t in state.values()):
+    recording: Recording,
+    layer: _Layer,
+    x: Tensor,
+    own: State,
+    state: State,
+    carried: dict[str, Tensor],
+) -> tuple[Tensor, State, dict[str, Tensor]]:
+    """What the layer gives, from a state `own` like `state`; or Untraceable."""
+    block, shared = layer
+    if not all(_can_trace(m) for m in layer if m is not None):
         raise Untraceable(f"{type(block).__name__} as it is")
+    if any(t.dtype != torch.float32 for t in state.values()):
+        raise Untraceable("a state that is not float32")
 
-    def call() -> tuple[Tensor, State]:
+    def call() -> tuple[Tensor, State, dict[str, Tensor]]:
         with _unchanged(block):
-            y, after = block(x, own)
+            y, after, left = block(x, own, None, carried, shared)
         if {name: t.shape for name, t in after.items()} != {n: t.shape for n, t in own.items()}:
             raise Untraceable("a state that grows")
-        return y, after
+        return y, after, left
 
     return recording.record(call)
 
@@ -174,16 +218,8 @@ def _can_trace(root: nn.Module) -> bool:
         all(is_traceable(m) or isinstance(m, Mixer) for m in modules)
         and not any(map(is_watched, modules))
         and all(type(p) is nn.Parameter and p.is_contiguous() for p in root.parameters())
-        and all(map(_has_plain_settings, modules))
+        and all(map(has_plain_settings, modules))
     )
-
-
-_BARE = vars(nn.Module()).keys()
-
-
-def _has_plain_settings(module: nn.Module) -> bool:
-    """A list that fills as the module is called, for instance, would be the same at each look."""
-    return all(is_value(x) for name, x in vars(module).items() if name not in _BARE)
 
 
 @contextmanager

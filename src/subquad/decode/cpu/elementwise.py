@@ -1,4 +1,4 @@
-"""What stands between projections and recurrences on a tape: gates, skips, sums of one token.
+"""What lies between projections and recurrences on a tape: gates, skips, sums of one token.
 
 Every operation works on flat float32 vectors of one length. Whatever is strided or broadcast is
 laid out flat by `copy` first: it is one token, so a copy is a few hundred numbers in the nearest
@@ -19,10 +19,13 @@ from subquad.backend.cpu.tape import Tape, integers, kernel, real
 BLOCK = 4096  # numbers of a unit: a microsecond, less than another thread is worth
 AXES = 4  # of a strided copy
 
-UNARY = ("affine", "exp", "sigmoid", "silu", "softplus", "elu", "relu", "gelu")
-AFFINE, EXP, SIGMOID, SILU, SOFTPLUS, ELU, RELU, GELU = range(8)
-BINARY = ("add", "sub", "mul", "div")
-ADD, SUB, MUL, DIV = range(4)
+UNARY = ("affine", "exp", "sigmoid", "silu", "softplus", "elu", "relu", "gelu", "tanh", "abs",
+         "log", "log1p")  # fmt: skip
+AFFINE, EXP, SIGMOID, SILU, SOFTPLUS, ELU, RELU, GELU, TANH, ABS, LOG, LOG1P = range(12)
+BINARY = ("add", "sub", "mul", "div", "max")
+ADD, SUB, MUL, DIV, MAX = range(5)
+ROWWISE = ("sum", "softmax")
+SUM, SOFTMAX = range(2)
 
 HALF_ROOT = np.float32(0.5**0.5)
 
@@ -100,6 +103,30 @@ def _gelus(a, y):
 
 
 @jit
+def _tanhs(a, y):
+    for i in range(y.size):
+        y[i] = np.float32(math.tanh(a[i]))
+
+
+@jit
+def _abs(a, y):
+    for i in range(y.size):
+        y[i] = abs(a[i])
+
+
+@jit
+def _logs(a, y):
+    for i in range(y.size):
+        y[i] = np.float32(np.log(a[i]))
+
+
+@jit
+def _log1ps(a, y):
+    for i in range(y.size):
+        y[i] = np.float32(np.log1p(a[i]))
+
+
+@jit
 def _affine(a, y, slope, offset):
     for i in range(y.size):
         y[i] = slope * a[i] + offset
@@ -127,6 +154,14 @@ def _unary(arguments, unit):
         _relus(a, out)
     elif operation == GELU:
         _gelus(a, out)
+    elif operation == TANH:
+        _tanhs(a, out)
+    elif operation == ABS:
+        _abs(a, out)
+    elif operation == LOG:
+        _logs(a, out)
+    elif operation == LOG1P:
+        _log1ps(a, out)
 
 
 @kernel
@@ -148,6 +183,35 @@ def _binary(arguments, unit):
     elif operation == DIV:
         for i in range(size):
             out[i] = a[i] / b[i]
+    elif operation == MAX:
+        for i in range(size):
+            out[i] = a[i] if a[i] > b[i] or a[i] != a[i] else b[i]  # NaN from either side
+
+
+@kernel
+def _rowwise(arguments, unit):
+    """Of the rows of x [M,D]: their sums [M], or their softmax [M,D]."""
+    operation, x, y, M, D = integers(arguments, 5)
+    rows = at(x, (M, D))
+    if operation == SUM:
+        sums = at(y, (M,))
+        for r in range(M):
+            total = np.float32(0.0)
+            for j in range(D):
+                total += rows[r, j]
+            sums[r] = total
+    elif operation == SOFTMAX:
+        out = at(y, (M, D))
+        for r in range(M):
+            largest = rows[r, 0]
+            for j in range(1, D):
+                largest = rows[r, j] if rows[r, j] > largest else largest
+            total = np.float32(0.0)
+            for j in range(D):
+                out[r, j] = exp(rows[r, j] - largest)
+                total += out[r, j]
+            for j in range(D):
+                out[r, j] /= total
 
 
 @kernel
@@ -183,6 +247,12 @@ def binary(tape: Tape, operation: str, x: Tensor, z: Tensor, y: Tensor) -> None:
     """y = x operation z, all contiguous and of one size."""
     units = -(-y.numel() // BLOCK)
     tape.step(_binary, units, BINARY.index(operation), x, z, y, y.numel())
+
+
+def rowwise(tape: Tape, operation: str, x: Tensor, y: Tensor) -> None:
+    """y = operation(x) along x's last axis, both contiguous."""
+    D = x.shape[-1]
+    tape.step(_rowwise, 1, ROWWISE.index(operation), x, y, x.numel() // D, D)
 
 
 def copy(tape: Tape, x: Tensor, y: Tensor) -> bool:

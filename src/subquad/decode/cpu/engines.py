@@ -15,8 +15,11 @@ from torch import Tensor
 from subquad.decode.cpu.operations import OPERATIONS, Recorder, Untraceable
 from subquad.engines.convolution.api import short_convolution
 from subquad.engines.matrix import api
+from subquad.engines.matrix.call import Call
+from subquad.engines.matrix.plan import make_plan
 from subquad.engines.matrix.reference import Erase, parts
 from subquad.engines.norm.api import gated_rms_norm, l2_norm, rms_norm, skipped_gated_rms_norm
+from subquad.engines.norm.layer import layer_norm
 from subquad.engines.projection.api import linear
 from subquad.engines.selective import api as diagonal
 
@@ -65,6 +68,21 @@ def _skipped_gated_rms_norm(
     _expect("skip", skip, y.shape[-2:-1])
     skipped: Tensor = OPERATIONS[torch.addcmul](r, y, x, skip[:, None])
     return _norm(r, skipped.flatten(-2), gate, size, weight, eps, gate_first=True)
+
+
+def _layer_norm(
+    r: Recorder, x: Tensor, size: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    from subquad.engines.norm import layer_cpu as kernels
+
+    D = x.shape[-1]
+    if size < 1 or D % size:
+        raise Untraceable(f"a norm of {size} numbers each of {D}")
+    _expect("weight", weight, (D,))
+    _expect("bias", bias, (D,))
+    y = r.new(x.shape)
+    kernels.record(r.tape, r.flat(x), size, _flat(r, weight), _flat(r, bias), eps, y)
+    return y
 
 
 def _l2_norm(r: Recorder, x: Tensor, size: int, eps: float = 1e-6) -> Tensor:
@@ -131,22 +149,24 @@ def _linear_recurrence(
     cu_seqlens: Tensor | None = None,
     form: str = "auto",
     impl: str = "auto",
+    value_log_decay: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     from subquad.engines.matrix.cpu import step as kernels
 
     if state is None or cu_seqlens is not None:
         raise Untraceable("a recurrence from no state")
-    given = (q, k, v, log_decay, erase, bonus, scale, state, cu_seqlens, form, impl)
-    explanation = api.explain(*given)  # and looks at all shapes
+    call = Call.checked(q, k, v, log_decay, erase, bonus, scale, state, cu_seqlens, value_log_decay)
+    explanation = api.explanation_of(call, make_plan(call, form, impl))
     if (explanation.form, explanation.impl) != ("recurrent", "numba"):
         raise Untraceable(f"a recurrence: {explanation.form}, impl={explanation.impl!r}")
     r.told.append(explanation)
     o, new = r.new(v.shape), r.new(state.shape)
-    scale = q.shape[3] ** -0.5 if scale is None else scale
     beta, a, b = (_flat(r, x) for x in parts(erase))
     log_decay, bonus = _flat(r, log_decay), _flat(r, bonus)
     q, k, v, state = r.flat(q), r.flat(k), r.flat(v), r.flat(state)
-    kernels.record(r.tape, q, k, v, log_decay, beta, a, b, bonus, scale, state, o, new)
+    along = _flat(r, value_log_decay)
+    given = (q, k, v, log_decay, beta, a, b, bonus, call.scale, state, along)
+    kernels.record(r.tape, *given, o, new)
     return o, new
 
 
@@ -200,6 +220,7 @@ ENGINES: dict[Any, Callable[..., Any]] = {
     gated_rms_norm: _gated_rms_norm,
     skipped_gated_rms_norm: _skipped_gated_rms_norm,
     l2_norm: _l2_norm,
+    layer_norm: _layer_norm,
     short_convolution: _short_convolution,
     api.linear_recurrence: _linear_recurrence,
     diagonal.selective_scan: _selective_scan,

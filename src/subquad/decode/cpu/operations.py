@@ -17,7 +17,7 @@ class Untraceable(Exception):
 
 
 class Recorder(Protocol):
-    """What puts operations on a tape. Their results have memory already, but no numbers yet."""
+    """What puts operations on a tape. Their results have memory already, but no values yet."""
 
     tape: Any
     told: list[Explanation]
@@ -32,6 +32,8 @@ class Recorder(Protocol):
     ) -> Tensor: ...
 
     def binary(self, operation: str, x: Tensor | float, z: Tensor | float) -> Tensor: ...
+
+    def rowwise(self, operation: str, x: Tensor, shape: Sequence[int]) -> Tensor: ...
 
     def copy(self, x: Tensor, into: Tensor) -> None: ...
 
@@ -88,6 +90,40 @@ def _addcmul(r: Recorder, x: Tensor, y: Tensor, z: Tensor, *, value: float = 1) 
     return r.binary("add", x, product if value == 1 else r.unary("affine", product, value))
 
 
+def _sum(
+    r: Recorder, x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Tensor:
+    if dim not in (-1, x.ndim - 1, (-1,), [-1]) or dtype not in (None, torch.float32):
+        raise Untraceable(f"a sum over {dim}, in {dtype}")
+    shape = (*x.shape[:-1], 1) if keepdim else x.shape[:-1]
+    return r.rowwise("sum", x, shape)
+
+
+def _softmax(r: Recorder, x: Tensor, dim: int | None = None, *others: Any, **kwargs: Any) -> Tensor:
+    kwargs.pop("_stacklevel", None)
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    if dim not in (-1, x.ndim - 1) or others or kwargs:
+        raise Untraceable(f"a softmax over {dim}, with {others}, {kwargs}")
+    return r.rowwise("softmax", x, x.shape)
+
+
+def _detach(r: Recorder, x: Tensor) -> Tensor:
+    return x
+
+
+def _lerp(r: Recorder, x: Tensor, end: Tensor, weight: Tensor | float) -> Tensor:
+    return r.binary("add", x, r.binary("mul", r.binary("sub", end, x), weight))
+
+
+def _logaddexp(r: Recorder, x: Tensor, y: Tensor) -> Tensor:
+    apart = r.unary("affine", r.unary("abs", r.binary("sub", x, y)), -1.0)
+    return r.binary("add", r.binary("max", x, y), r.unary("softplus", apart))
+
+
+def _square(r: Recorder, x: Tensor) -> Tensor:
+    return r.binary("mul", x, x)
+
+
 def _to(r: Recorder, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if x.to(*args, **kwargs) is not x:
         raise Untraceable("a change of dtype or device")
@@ -142,6 +178,17 @@ OPERATIONS: dict[Any, Callable[..., Any]] = {
     Tensor.to: _to,
     Tensor.float: _float,
     **dict.fromkeys((torch.exp, Tensor.exp), _unary("exp")),
+    **dict.fromkeys((torch.tanh, Tensor.tanh), _unary("tanh")),
+    **dict.fromkeys((torch.log, Tensor.log), _unary("log")),
+    **dict.fromkeys((torch.log1p, Tensor.log1p), _unary("log1p")),
+    **dict.fromkeys((torch.square, Tensor.square), _square),
+    torch.logaddexp: _logaddexp,
+    **dict.fromkeys((torch.abs, Tensor.abs), _unary("abs")),
+    **dict.fromkeys((torch.maximum, Tensor.maximum), _binary("max")),
+    **dict.fromkeys((torch.sum, Tensor.sum), _sum),
+    **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), _softmax),
+    **dict.fromkeys((torch.detach, Tensor.detach), _detach),
+    **dict.fromkeys((torch.lerp, Tensor.lerp), _lerp),
     **dict.fromkeys((torch.sigmoid, Tensor.sigmoid), _unary("sigmoid")),
     **dict.fromkeys((F.relu, torch.relu, Tensor.relu), _unary("relu")),
     F.silu: _unary("silu"),

@@ -1,4 +1,4 @@
-"""What layers do with one token, written on a tape of kernels while they are called.
+"""What layers do with one token, recorded on a tape of kernels while they are called.
 
 What layers compute is seen by `__torch_function__`: every call of PyTorch's, and of our engines,
 which take part in that protocol. What gets past it (compiled scripts, NumPy, whoever switches the
@@ -25,7 +25,7 @@ R = TypeVar("R")
 
 
 class Recording(TorchFunctionMode):
-    """Puts operations on a tape. What they return has its memory already, but no numbers yet."""
+    """Puts operations on a tape. What they return has memory already, but no values yet."""
 
     def __init__(self) -> None:
         from subquad.backend.cpu import pages, tape  # compiles, and imports numba
@@ -150,7 +150,15 @@ class Recording(TorchFunctionMode):
         self._kernels.binary(self.tape, operation, left, right, y)
         return y
 
+    def rowwise(self, operation: str, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """Along the last axis; `shape` is the result's."""
+        x, y = self.flat(x), self.new(shape)
+        self._kernels.rowwise(self.tape, operation, x, y)
+        return y
+
     def _with_number(self, operation: str, x: Tensor | float, z: Tensor | float) -> Tensor:
+        if operation == "max":
+            raise Untraceable("the larger of a tensor and a number")
         if isinstance(x, Tensor) and isinstance(z, int | float):
             slope = {"mul": z, "div": 1 / z if z else 0.0}.get(operation, 1.0)
             offset = {"add": z, "sub": -z}.get(operation, 0.0)

@@ -1,4 +1,4 @@
-"""Decoding on a GPU without Python in between: one token through the model as a CUDA graph.
+"""Decoding on a GPU without Python: one token through the model as a CUDA graph.
 
 A decoded token is some twenty small kernels a layer, and launching them from Python takes longer
 than running them. So the step is captured once and replayed for every token. It reads and writes
@@ -15,14 +15,15 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from operator import is_
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from subquad.decode.fingerprint import shown
+from subquad.backend.fast_paths import are_fast_paths_on
+from subquad.backend.gpu.capture import capture, side_stream
+from subquad.decode.fingerprint import Fingerprint, runs_hooks
 from subquad.engines.runtime.eager import is_plain
 from subquad.engines.runtime.overwrite import overwriting_states
 from subquad.mixers.base import State
@@ -81,7 +82,13 @@ def replay(model: Any, tokens: Tensor, cache: Cache) -> Tensor | None:
 def _decodes(model: Any, tokens: Tensor, cache: Cache) -> bool:
     """Whether it is a step to replay. Not where a mode would see each of its operations."""
     one = tokens.is_cuda and tokens.shape[1:] == (1,)
-    if not one or model.training or torch.is_grad_enabled() or not is_plain((tokens,)):
+    if (
+        not one
+        or not are_fast_paths_on()
+        or model.training
+        or torch.is_grad_enabled()
+        or not is_plain((tokens,))
+    ):
         return False
     if torch.cuda.is_current_stream_capturing():
         return False
@@ -89,31 +96,34 @@ def _decodes(model: Any, tokens: Tensor, cache: Cache) -> bool:
 
 
 def _goes_on(graph: StepGraph, model: Any, tokens: Tensor, states: list[State], held: bool) -> bool:
-    """Whether a cache's graph serves on. Between two replayed tokens modules are not looked at.
+    """Whether a cache's graph is still valid. Between two replayed tokens modules are not checked.
 
     held: these are the graph's own states.
     """
-    return graph.serves(tokens, None if held else states) and (held or graph.shown == shown(model))
+    return graph.serves(tokens, None if held else states) and (held or graph.computes(model))
 
 
 class StepGraph:
-    """One token for each row of a batch, captured.
+    """One token for each sequence of a batch, captured.
 
     Attributes:
         states: by layer, where the graph reads and writes them.
-        shown: what its modules were like when it was captured.
+        fingerprint: of its modules when it was captured.
     """
 
     def __init__(self, model: Any, tokens: Tensor, states: list[State]) -> None:
-        self.settings, self.shown = _settings(tokens), shown(model)
+        self.settings, self.fingerprint = (
+            _settings(tokens),
+            Fingerprint([model], model, outer=model),
+        )
         self.weights = [(weakref.ref(p), p.data_ptr()) for p in model.parameters()]
         with torch.inference_mode(False), torch.no_grad():
             self.tokens = tokens.clone()
             self.states = [{n: t.clone() for n, t in state.items()} for state in states]
             self.flat = _flat(self.states)
-            self.ours = _of_our_rows(model, self.states)
+            self.writable = _writable(model, self.states)
             self.done = torch.cuda.Event()  # with the last replayed step
-            side, here = _side_stream(tokens.device), torch.cuda.current_stream(tokens.device)
+            side, here = side_stream(tokens.device), torch.cuda.current_stream(tokens.device)
             side.wait_stream(here)
             try:
                 with torch.cuda.stream(side):  # compile and choose kernels before the capture
@@ -121,14 +131,10 @@ class StepGraph:
                     self._step(model)
             finally:  # if a step failed, its buffers are given back while `side` may still run
                 here.wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            captured = torch.cuda.graph(self.graph, stream=side, capture_error_mode="thread_local")
-            # Where a capture's end fails, torch leaves `side` current: `here` again in any case.
-            with torch.cuda.stream(here), captured:
-                self.logits = self._step(model)
+            self.graph, self.logits = capture(lambda: self._step(model), side, here)
 
     def _step(self, model: Any) -> Tensor:
-        with overwriting_states(self.ours), _casting_anew():
+        with overwriting_states(self.writable), _casting_anew():
             logits, states = model.step(self.tokens, self.states)
         mine = {t.untyped_storage().data_ptr() for t in self.flat}
         moves = []
@@ -152,6 +158,10 @@ class StepGraph:
             and (states is None or _shapes(self.states) == _shapes(states))
             and all((p := w()) is not None and p.data_ptr() == at for w, at in self.weights)
         )
+
+    def computes(self, model: Any) -> bool:
+        """Whether it still does what the model does."""
+        return not runs_hooks(model) and not self.fingerprint.changed(model)
 
     def holds(self, states: list[State]) -> bool:
         """Whether these are its own."""
@@ -178,7 +188,7 @@ class StepGraph:
 
 
 class Lease:
-    """A cache's hold on a graph, which goes back on its model's shelf with the last of it."""
+    """A cache's lease on a graph, which its model gets back for the next cache when it ends."""
 
     def __init__(self, graph: StepGraph, shelf: _Shelf) -> None:
         self.graph, self.shelf = graph, shelf
@@ -216,14 +226,13 @@ class _Shelf:
             return self._lend(model, tokens, states)
 
     def _lend(self, model: Any, tokens: Tensor, states: list[State]) -> Lease | None:
-        looks = shown(model)
-        if looks is None:
+        if runs_hooks(model):
             return None
         parameters = {id(p) for p in model.parameters()}
         for graph in list(self.idle):
             if {id(w()) for w, _ in graph.weights} != parameters:
                 self.take(graph)  # of weights that were replaced
-            elif graph.shown == looks and graph.serves(tokens, states) and self.take(graph):
+            elif graph.computes(model) and graph.serves(tokens, states) and self.take(graph):
                 return Lease(graph, self)
         if any(p.device != tokens.device for p in model.parameters()):
             return None
@@ -265,22 +274,17 @@ _LOCK = threading.Lock()
 _SHELVES: weakref.WeakKeyDictionary[Any, _Shelf] = weakref.WeakKeyDictionary()
 
 
-@lru_cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures: each stream that multiplies matrices gets a workspace that stays."""
-    return torch.cuda.Stream(device)
-
-
 def _settings(tokens: Tensor) -> tuple[object, ...]:
     """What a captured step depends on beside weights and states."""
     autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
     return tokens.shape, tokens.dtype, tokens.device, autocast
 
 
-def _of_our_rows(model: Any, states: list[State]) -> list[Tensor]:
-    """The states of the library's own rows. Others were promised that a state never changes."""
-    rows = [type(block.mixer).__module__ for block in model.model.layers]
-    return _flat([state for row, state in zip(rows, states) if row.startswith("subquad.")])
+def _writable(model: Any, states: list[State]) -> list[Tensor]:
+    """The states that engines may write over: of mixers that declare it, each class for itself."""
+    kinds = [vars(type(block.mixer)) for block in model.model.layers]
+    declared = [kind.get("writes_state_in_place", False) for kind in kinds]
+    return _flat([state for state, may in zip(states, declared) if may])
 
 
 @contextmanager

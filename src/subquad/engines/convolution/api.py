@@ -1,6 +1,6 @@
 """The short causal depthwise convolution that most of these layers put before their recurrence.
 
-B batch   T time   D channels   W taps   N sequences (the batch's rows, or those packed in one)
+B batch   T time   D channels   W taps   N sequences (of the batch, or packed)
 """
 
 from __future__ import annotations

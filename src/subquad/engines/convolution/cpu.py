@@ -16,6 +16,7 @@ from torch import Tensor
 from subquad.backend.cpu.compile import (
     address,
     array,
+    as_array,
     at,
     jit,
     over_channels,
@@ -127,7 +128,7 @@ def _backward(
 
 @jit
 def _step(x, weight, bias, state, y, new_state, S, D, W, silu, start, stop):  # addresses, sizes
-    """One token of each row: x, y [S,D], weight [D,W], bias [D] or 0, states [S,W-1,D]."""
+    """One token of each sequence: x, y [S,D], weight [D,W], bias [D] or 0, states [S,W-1,D]."""
     inputs, outputs, taps, offset = at(x, (S, D)), at(y, (S, D)), at(weight, (D, W)), at(bias, (D,))
     past, old, new = W - 1, at(state, (S, W - 1, D)), at(new_state, (S, W - 1, D))
     for s in range(S):
@@ -178,7 +179,7 @@ def forward(
     """y [B,T,D] of x [B,T,D], weight [D,W], bias [D], state [S,W-1,D], all float32."""
     y = x.new_empty(x.shape, dtype=torch.float32)
     inputs = _prepare(x, weight, bias, state, cu_seqlens)
-    over_channels(_forward, x.shape[2], x.numel(), *inputs, silu, y.view(-1, x.shape[2]).numpy())
+    over_channels(_forward, x.shape[2], x.numel(), *inputs, silu, as_array(y.view(-1, x.shape[2])))
     return y
 
 
@@ -196,7 +197,7 @@ def backward(
     dx, dtaps = x.new_zeros(x.shape), x.new_zeros(weight.shape[1], D)
     dbias, dstate = x.new_zeros(D), x.new_zeros(state.shape)
     inputs = _prepare(x, weight, bias, state, cu_seqlens)
-    outputs = (g.numpy() for g in (dx.view(-1, D), dtaps, dbias, dstate))
+    outputs = (as_array(g) for g in (dx.view(-1, D), dtaps, dbias, dstate))
     over_channels(_backward, D, x.numel(), *inputs, silu, *rows(dy), *outputs)
     return dx, dtaps.t().contiguous(), dbias, dstate
 
@@ -204,7 +205,7 @@ def backward(
 def step(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor]:
-    """One token of each row, for decoding: y like x and the next state; no gradients.
+    """One token of each sequence, for decoding: y like x and the next state; no gradients.
 
     x [S,1,D] or packed [1,S,D]; weight [D,W]; bias [D]; state [S,W-1,D].
     """

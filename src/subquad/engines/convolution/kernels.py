@@ -267,7 +267,7 @@ def one_token(
     D: tl.constexpr, W: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr, STATE: tl.constexpr,
     SILU: tl.constexpr,
 ):  # fmt: skip
-    """One token of each row: y [rows, D] and the state moved on; `new` may be `state` itself."""
+    """One token of each sequence: y [rows, D] and the next state; `new` may be `state` itself."""
     pid = tl.program_id(0)
     BLOCKS: tl.constexpr = (D + BD - 1) // BD
     d = (pid % BLOCKS) * BD + tl.arange(0, BD)

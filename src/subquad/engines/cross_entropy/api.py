@@ -1,4 +1,4 @@
-"""The cross-entropy of labels: what a model of tokens pays beside its layers, once a step.
+"""The cross-entropy of labels: the cost of a language model beside its layers, once a step.
 
 On a GPU one kernel each way reads the logits where they lie; in PyTorch a batch of logits exists
 three times more in float32 (widened, log-softmax, gradient). First derivatives only.
@@ -26,7 +26,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         [...], a loss a label.
 
     Raises:
-        ValueError: for labels that are not one for each row of logits.
+        ValueError: for labels that are not one for each position of logits.
     """
     if labels.shape != logits.shape[:-1] or not logits.ndim:
         fix = "give a label for each row of logits, -100 where nothing is asked"

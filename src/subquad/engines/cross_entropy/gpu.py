@@ -1,7 +1,7 @@
 """The cross-entropy of labels on a GPU, as an operator over Triton kernels.
 
 Differentiable in the logits, whose gradient has their dtype. Between the two passes it keeps two
-numbers a row, where PyTorch keeps a float32 copy of the logits' log-softmax.
+numbers a token, where PyTorch keeps a float32 copy of the logits' log-softmax.
 """
 
 from __future__ import annotations

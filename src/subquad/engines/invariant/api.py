@@ -1,6 +1,6 @@
 """Diagonal, time-invariant state space models: a recurrence, or the convolution it amounts to.
 
-    Bt rows   T time   D channels   N complex state numbers a channel   S sequences
+    Bt batch   T time   D channels   N complex state numbers a channel   S sequences
 
 The convolution's kernel and the states at both ends are sums of powers e^{l log A_bar}. An exponent
 is written l = c i + j with c about sqrt(T), so that sqrt(T) powers a pole are enough and a real

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from subquad.engines.matrix.kind import LAYOUT, decay_kind, is_fixed, is_layout
 from subquad.engines.matrix.reference import Delta, Erase, LowRank, parts
 from subquad.engines.runtime.validation import (
     check_cu_seqlens,
@@ -23,7 +24,7 @@ _NUMBERS = (int, float)  # not a union: torch.compile before 2.7 cannot see thro
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments as they came; `linear_recurrence` says what they are."""
+    """The arguments together; `linear_recurrence` says what they are. Make one by `checked`."""
 
     q: Tensor  # [B,T,Hk,K]
     k: Tensor  # [B,T,Hk,K]
@@ -31,14 +32,40 @@ class Call:
     log_decay: Tensor | None  # [H], [H,K], [B,T,H] or [B,T,H,K]
     erase: Erase
     bonus: Tensor | None  # [H,K]
-    scale: float | None
+    scale: float  # of the read
     state: Tensor | None  # [N,H,K,V], N = B unless packed
     cu_seqlens: Tensor | None  # [N+1]
+    value_log_decay: Tensor | None = None  # [H,V] or [B,T,H,V]
+
+    @staticmethod
+    def checked(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor | None,
+        erase: Erase,
+        bonus: Tensor | None,
+        scale: float | None,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+        value_log_decay: Tensor | None = None,
+    ) -> Call:
+        """Of arguments as they came. ValueError where they do not fit each other."""
+        if scale is not None and not (isinstance(scale, _NUMBERS) and math.isfinite(scale)):
+            raise fail("scale", repr(scale), "a finite number, or None for K**-0.5", "pass a float")
+        check_tensor("q", q, 4, "[B,T,Hk,K]")
+        scale = q.shape[3] ** -0.5 if scale is None and q.shape[3] else float(scale or 0.0)
+        call = Call(q, k, v, log_decay, erase, bonus, scale, state, cu_seqlens, value_log_decay)
+        call._check_sequences()
+        call._check_gates()
+        call._check_state()
+        return call
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """Those that gradients may flow to."""
-        given = (self.q, self.k, self.v, self.log_decay, *parts(self.erase), self.bonus, self.state)
+        gates = (self.log_decay, self.value_log_decay, *parts(self.erase), self.bonus)
+        given = (self.q, self.k, self.v, *gates, self.state)
         return tuple(x for x in given if x is not None)
 
     @property
@@ -55,23 +82,8 @@ class Call:
         """Of the state, and of the arithmetic outside the reference."""
         return torch.float64 if self.v.dtype == torch.float64 else torch.float32
 
-    @property
-    def factor(self) -> float:
-        """Of the read: `scale`, K^-1/2 by default."""
-        return self.q.shape[3] ** -0.5 if self.scale is None else float(self.scale)
-
-    def check(self) -> None:
-        """Raise ValueError for arguments that do not fit each other."""
-        self._check_sequences()
-        self._check_gates()
-        scale = self.scale
-        if scale is not None and not (isinstance(scale, _NUMBERS) and math.isfinite(scale)):
-            raise fail("scale", repr(scale), "a finite number, or None for K**-0.5", "pass a float")
-        self._check_state()
-
     def _check_sequences(self) -> None:
         q, k, v = self.q, self.k, self.v
-        check_tensor("q", q, 4, "[B,T,Hk,K]")
         check_tensor("k", k, 4, "[B,T,Hk,K]", q)
         check_tensor("v", v, 4, "[B,T,H,V]", q)
         for name, x in (("q", q), ("v", v)):
@@ -90,13 +102,19 @@ class Call:
         q, log_decay, erase, bonus = self.q, self.log_decay, self.erase, self.bonus
         (B, T, _, K), H = q.shape, self.v.shape[2]
         if log_decay is not None:
-            shapes = {1: (H,), 2: (H, K), 3: (B, T, H), 4: (B, T, H, K)}
-            layout = "[H], [H,K], [B,T,H] or [B,T,H,K]"
-            if isinstance(log_decay, Tensor) and log_decay.ndim not in shapes:
-                raise fail("log_decay", f"shape {tuple(log_decay.shape)}", layout, "reshape it")
-            ndim = log_decay.ndim if isinstance(log_decay, Tensor) else 4
-            check_tensor("log_decay", log_decay, ndim, layout, q)
-            check_shape("log_decay", log_decay, shapes[ndim], layout)
+            shapes: dict[str, tuple[int, ...]] = {
+                "fixed_head": (H,),
+                "fixed_key": (H, K),
+                "token_head": (B, T, H),
+                "token_key": (B, T, H, K),
+            }
+            if isinstance(log_decay, Tensor) and not is_layout(log_decay):
+                raise fail("log_decay", f"shape {tuple(log_decay.shape)}", LAYOUT, "reshape it")
+            shape = shapes[decay_kind(log_decay)] if isinstance(log_decay, Tensor) else ()
+            check_tensor("log_decay", log_decay, len(shape), LAYOUT, q)
+            check_shape("log_decay", log_decay, shape, LAYOUT)
+        if self.value_log_decay is not None:
+            self._check_value_decay(self.value_log_decay)
         if isinstance(erase, Delta):
             check_tensor("erase.beta", erase.beta, 3, "[B,T,H]", q)
             check_shape("erase.beta", erase.beta, (B, T, H), "[B,T,H]")
@@ -114,6 +132,17 @@ class Call:
             check_tensor("bonus", bonus, 2, "[H,K]", q)
             check_shape("bonus", bonus, (H, K), "[H,K]")
 
+    def _check_value_decay(self, w: Tensor) -> None:
+        (B, T, _, _), (H, V) = self.q.shape, self.v.shape[2:]
+        name, layout = "value_log_decay", "[H,V] or [B,T,H,V]"
+        if self.erase is not None or self.bonus is not None:
+            got = "a decay along values and an erase or a bonus"
+            raise fail(name, got, "one of them", "pass value_log_decay=None, or no erase and bonus")
+        per_token = not isinstance(w, Tensor) or w.ndim != 2
+        shape = (B, T, H, V) if per_token else (H, V)
+        check_tensor(name, w, len(shape), layout, self.q)
+        check_shape(name, w, shape, layout)
+
     def _check_state(self) -> None:
         q, state, layout = self.q, self.state, "[B,H,K,V]"
         if self.cu_seqlens is not None:
@@ -123,14 +152,16 @@ class Call:
             check_state(state, self.state_shape, layout, self.dtype, q)
 
 
-_DECAYS = {1: "fixed_head", 2: "fixed_key", 3: "token_head", 4: "token_key"}
-
-
 def recurrence_of(call: Call) -> Recurrence:
     """The kind of recurrence that these arguments make."""
     erase = "delta" if isinstance(call.erase, Delta) else "low_rank"
+    decay = decay_kind(call.log_decay)
+    if call.value_log_decay is not None and decay != "none":
+        decay = "token_key_value"
+    elif call.value_log_decay is not None:
+        decay = "fixed_value" if is_fixed(call.value_log_decay) else "token_value"
     return Recurrence(
-        decay="none" if call.log_decay is None else _DECAYS[call.log_decay.ndim],
+        decay=decay,
         erase="none" if call.erase is None else erase,
         read_out="plain" if call.bonus is None else "bonus",
     )

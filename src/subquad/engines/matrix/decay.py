@@ -188,6 +188,42 @@ class KeyDecay(_Gated):
         return self.writer(keys).mT @ values
 
 
+class ValueDecay:
+    """A number a value channel and token, beside the decay of keys. log_decay [B|1,Hk,G,N|1,C,V].
+
+    The same bisection with the roles swapped: where a pair meets, the score is the same for all
+    value channels, and it is the value that carries its suffix and the output its prefix.
+    """
+
+    def __init__(self, log_decay: Tensor) -> None:
+        levels = _bisect(log_decay)
+        self.halves = [
+            (prefix[..., 1::2, :, :].exp(), suffix[..., 0::2, :, :].exp())
+            for prefix, suffix in levels[:-1]
+        ]
+        prefix, suffix = levels[-1]
+        self.start = prefix.squeeze(-3).exp()  # [..,C,V], from the chunk's start to t
+        self.end = suffix.squeeze(-3).exp()  # [..,C,V], from s to the chunk's end
+        self.totals = self.start[..., -1:, :].unbind(3)  # of each chunk: [B|1,Hk,G,1,V]
+
+    def total(self, n: int) -> Tensor:
+        """Of chunk n."""
+        return self.totals[n if len(self.totals) > 1 else 0]
+
+    def weigh(self, scores: Tensor, values: Tensor) -> Tensor:
+        """sum_s scores_ts (decay s -> t) values_s: scores [..,C,C], values [..,C,V] -> [..,C,V]."""
+        out = scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * values
+        for prefix, suffix in self.halves:
+            h = prefix.shape[-2]
+            blocks = scores.unflatten(-2, (-1, 2 * h)).unflatten(-1, (-1, 2 * h))
+            blocks = blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)  # [..,C/2h,2h,2h]
+            left = values.unflatten(-2, (-1, 2, h)).select(-3, 0)  # [..,C/2h,h,V]
+            right = prefix * (blocks[..., h:, :h] @ (left * suffix))
+            both = torch.stack([torch.zeros_like(right), right], -3)  # [..,C/2h,2,h,V]
+            out = out + both.flatten(-4, -2)
+        return out
+
+
 def _bisect(log_decay: Tensor) -> list[tuple[Tensor, Tensor]]:
     """Prefix and suffix sums of log_decay [..,C,D] in blocks of h = 1, 2, 4, ..., C.
 

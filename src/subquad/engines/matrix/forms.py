@@ -26,8 +26,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from subquad.engines.matrix.decay import Decay, HeadDecay, KeyDecay, NoDecay, shared_matmul
+from subquad.engines.matrix.decay import (
+    Decay,
+    HeadDecay,
+    KeyDecay,
+    NoDecay,
+    ValueDecay,
+    shared_matmul,
+)
 from subquad.engines.matrix.grid import Grid
+from subquad.engines.matrix.kind import is_fixed, is_per_key
 from subquad.engines.matrix.reference import Delta, Erase, LowRank
 
 CHUNKS_AT_ONCE = 64  # bounds the memory of a long sequence where no gradient is kept
@@ -43,6 +51,7 @@ def chunked(
     state: Tensor,  # [B,H,K,V], or [N,H,K,V] for N packed sequences
     cu_seqlens: Tensor | None,
     chunk: int,  # a power of two
+    value_log_decay: Tensor | None = None,  # None | [H,V] | [B,T,H,V]
 ) -> tuple[Tensor, Tensor]:
     """All tokens, `chunk` at a time. Returns o [B,T,H,V] and the final state [B|N,H,K,V]."""
     Hk = k.shape[2]
@@ -52,6 +61,7 @@ def chunked(
     if wide.shape[2] == 1:
         wide = v  # else heads that share a key lie side by side in `wide`, as `write` wants them
     g = _cut_decay(log_decay, grid, Hk)
+    w = _cut_decay(value_log_decay, grid, Hk)
     beta = grid.cut(erase.beta.unsqueeze(-1), Hk).contiguous() if isinstance(erase, Delta) else None
     a = grid.cut(erase.a, Hk).contiguous() if isinstance(erase, LowRank) else None
     b = grid.cut(erase.b, Hk).contiguous() if isinstance(erase, LowRank) else None
@@ -65,7 +75,10 @@ def chunked(
         cut = slice(begin, begin + CHUNKS_AT_ONCE)
         qn, kn, vn, wn, gn = *(x[:, :, :, cut] for x in (q, k, v, wide)), _at(g, cut)
         decay = NoDecay() if gn is None else _decay(gn)
-        if erase is None:
+        along_values = None if w is None else ValueDecay(_at(w, cut))  # type: ignore[arg-type]
+        if along_values is not None:
+            inside = _with_value_decay(qn, kn, vn, decay, along_values)
+        elif erase is None:
             inside = _without_erase(qn, kn, vn, wn, decay, bonus)
         elif beta is not None:
             inside = _with_delta(qn, kn, vn, beta[:, :, :, cut], decay)
@@ -86,10 +99,13 @@ def chunked(
                 U, W, writer = erasing[n]
                 reads.append(U - W @ S)
                 new.append(writer @ reads[-1])
-            S = decay.carry(S, n, sum(new[1:], new[0]))
+            kept = S if along_values is None else S * along_values.total(n)
+            S = decay.carry(kept, n, sum(new[1:], new[0]))
             if cu_seqlens is not None:
                 ends.append(S)
         o = decay.read(qn, torch.stack(starts, 3), own=bonus is None)
+        if along_values is not None:
+            o = o * along_values.start
         if inside.o is not None:
             o = o + inside.o
         if inside.scores is not None:
@@ -122,6 +138,14 @@ def _without_erase(
     # Token t reads before its own decay and write, and itself through the bonus.
     o = shared_matmul(decay.scores(q, k, diagonal=False, own=False), v)
     return _Inside(o + (q * bonus * k).sum(-1, keepdim=True) * v, written)
+
+
+def _with_value_decay(
+    q: Tensor, k: Tensor, v: Tensor, decay: Decay, along_values: ValueDecay
+) -> _Inside:
+    """A value channel forgets by itself, so no matrix of scores serves all: see `ValueDecay`."""
+    scores = decay.scores(q, k, diagonal=True)
+    return _Inside(along_values.weigh(scores, v), decay.write(k, v * along_values.end))
 
 
 def _with_delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, decay: Decay) -> _Inside:
@@ -162,11 +186,8 @@ def _cut_decay(log_decay: Tensor | None, grid: Grid, Hk: int) -> Tensor | None:
     """Any decay -> [B|1,Hk,G,N|1,C,D], D = 1 for a number a head, K for a number a key channel."""
     if log_decay is None:
         return None
-    if log_decay.ndim % 2:  # [H], [B,T,H]: a number a head
-        log_decay = log_decay.unsqueeze(-1)
-    if log_decay.ndim == 2:
-        return grid.cut_fixed(log_decay, Hk)
-    return grid.cut(log_decay, Hk).contiguous()
+    g = log_decay if is_per_key(log_decay) else log_decay.unsqueeze(-1)
+    return grid.cut_fixed(g, Hk) if is_fixed(log_decay) else grid.cut(g, Hk).contiguous()
 
 
 def _decay(g: Tensor) -> Decay:

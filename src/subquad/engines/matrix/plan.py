@@ -1,7 +1,7 @@
 """Which form and implementation of the matrix recurrence run, and why.
 
-Asked of the fastest first: each says what it would do, or what keeps it from serving the call. Only
-shapes, dtypes, devices and autograd's state are looked at, never values.
+The fastest is asked first: each says what it would do, or why it cannot take the call. That depends
+on shapes, dtypes, devices and autograd's state, never on values.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from torch import Tensor
+
+from subquad.engines.matrix import run
 from subquad.engines.matrix.call import Call
 from subquad.engines.matrix.cpu import chunked as compiled
 from subquad.engines.matrix.reference import parts
@@ -24,12 +27,16 @@ CHUNK = 64  # on the CPU neither 32 nor 128 is better for all decays, at heads o
 
 @dataclass(frozen=True)
 class Plan:
-    """`chunk`: how many tokens meet at once. `reason`: a text, or what makes it when asked."""
+    """What runs: `run(call)`; the rest says it in words.
+
+    `chunk`: how many tokens meet at once. `reason`: a text, or what makes it when asked.
+    """
 
     form: str
     impl: str
     chunk: int
     reason: str | Callable[[], str]
+    run: Callable[[Call], tuple[Tensor, Tensor]]
 
     @property
     def why(self) -> str:
@@ -54,7 +61,7 @@ def _reference(form: str) -> Plan:
     if form not in ("auto", "recurrent"):
         fix = "use impl='torch' for it"
         raise fail("form", repr(form), "'recurrent' with impl='reference'", fix)
-    return Plan("recurrent", "reference", 1, "the reference is the recurrent form in float64")
+    return Plan("recurrent", "reference", 1, "the loop in float64: the specification", run.loop)
 
 
 def _triton(call: Call, form: str, must: bool) -> Plan | None:
@@ -62,32 +69,34 @@ def _triton(call: Call, form: str, must: bool) -> Plan | None:
     if not (must or call.q.is_cuda):
         return None
     q, k, v, log_decay = call.q, call.k, call.v, call.log_decay
-    if q.shape[1] == 1 and form in ("auto", "recurrent") and _is_plain_on_gpu(call):
+    along_values = call.value_log_decay is not None
+    one_token = q.shape[1] == 1 and form in ("auto", "recurrent") and not along_values
+    if one_token and _is_plain_on_gpu(call):
         from subquad.engines.matrix.gpu import step as matrix_step
 
         erased = [x for x in parts(call.erase) if x is not None]
         given = (v, k, log_decay, *erased, call.bonus, call.state)
         if matrix_step.supported(q, *given) is None:
             why = partial(matrix_step.describe, q, v, log_decay, len(erased))
-            return Plan("recurrent", "triton", 1, why)
+            return Plan("recurrent", "triton", 1, why, run.one_token_gpu)
     if not must and form not in ("auto", "chunked"):
         return None
     from subquad.engines.matrix.gpu import layout
     from subquad.engines.matrix.gpu import scan as matrix
 
     reason = "no GPU kernel erases yet" if call.erase is not None else None
+    if call.value_log_decay is not None:
+        reason = "no GPU kernel decays along values yet"
     if not can_call_operators():
         reason = "the GPU kernels know neither forward derivatives nor vmap"
     if form not in ("auto", "chunked"):
         reason = f"the GPU kernels compute the chunked form, not form={form!r}"
-    reason = reason or matrix.supported(
-        q, k, v, log_decay, call.bonus, None, call.state, call.cu_seqlens
-    )
+    reason = reason or matrix.supported(q, k, v, log_decay, call.bonus, call.state, call.cu_seqlens)
     if reason is None:
         gate = layout.gate_kind(log_decay)
         chunk = layout.choose_tiles(q.shape[-1], v.shape[-1], v.dtype, gate, False).chunk
         why = partial(matrix.describe, q, k, v, log_decay, call.bonus, call.cu_seqlens)
-        return Plan("chunked", "triton", chunk, why)
+        return Plan("chunked", "triton", chunk, why, run.chunked_gpu)
     if must:
         raise fail("impl", "'triton'", f"'auto' or 'torch': {reason}", "use impl='auto'")
     return None
@@ -103,13 +112,15 @@ def _numba(call: Call, form: str, must: bool) -> Plan | None:
     one_token = call.q.shape[1] == 1
     if one_token and form in ("auto", "recurrent") and can_call_compiled_code(call.tensors):
         why = "one token and no gradient: one pass over the state in compiled code"
-        return Plan("recurrent", "numba", 1, why)
+        return Plan("recurrent", "numba", 1, why, run.one_token_cpu)
     reason = None
     if form == "chunked" or (form == "auto" and (must or not one_token)):
         reason = compiled.why_not(call.q, call.v, call.erase)
+        if call.value_log_decay is not None:
+            reason = "compiled chunks do not decay along values"
         if reason is None:
             why = "compiled code walks over the chunks, their state in cache"
-            return Plan("chunked", "numba", compiled.CHUNK, why)
+            return Plan("chunked", "numba", compiled.CHUNK, why, run.chunked_cpu)
     if must:
         got = (
             f"'numba' with form={form!r}, T = {call.q.shape[1]}, {call.q.dtype} on {call.q.device}"
@@ -126,14 +137,17 @@ def _torch(call: Call, form: str) -> Plan:
         if call.cu_seqlens is not None:
             expected = "'chunked' or 'recurrent'"
             raise fail("form", "'parallel' with cu_seqlens", expected, "use form='chunked'")
-        return Plan("parallel", "torch", _power_of_two(T), "asked for")
+        chunk = _power_of_two(T)
+        return Plan(form, "torch", chunk, "asked for", partial(run.parallel_torch, chunk=chunk))
     if form == "recurrent":
-        return Plan("recurrent", "torch", 1, "asked for")
+        return Plan("recurrent", "torch", 1, "asked for", run.recurrent_torch)
     if form == "auto" and T == 1:
-        return Plan("recurrent", "torch", 1, "one token: one step of the recurrence")
+        why = "one token: one step of the recurrence"
+        return Plan("recurrent", "torch", 1, why, run.recurrent_torch)
     longest = _power_of_two(-(-T // call.rows))  # on average, at least, where they are packed
     why = "asked for" if form == "chunked" else f"{T} tokens: chunks turn the loop into products"
-    return Plan("chunked", "torch", min(CHUNK, longest), why)
+    chunk = min(CHUNK, longest)
+    return Plan("chunked", "torch", chunk, why, partial(run.chunked_torch, chunk=chunk))
 
 
 def _power_of_two(n: int) -> int:

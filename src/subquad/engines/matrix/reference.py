@@ -14,6 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from subquad.engines.matrix.kind import is_fixed, is_per_key
+
 
 @dataclass(frozen=True)
 class Delta:
@@ -61,6 +63,7 @@ def step(
     b: Tensor | None,  # [B,H,K]
     bonus: Tensor | None,  # [H,K]
     state: Tensor,  # [B,H,K,V]
+    value_log_decay: Tensor | None = None,  # broadcastable to [B,H,V]
 ) -> tuple[Tensor, Tensor]:
     """One token: forget, erase, write, read. Returns the output [B,H,V] and the new state."""
     B, H, K, V = state.shape
@@ -78,6 +81,8 @@ def step(
     if log_decay is not None:
         d = log_decay.exp()  # [B,H,K] up to broadcasting
         S = S * d.reshape(-1, S.shape[1], G, d.shape[-1], 1)  # [B,Hk,G,K,V]
+    if value_log_decay is not None:
+        S = S * value_log_decay.exp().reshape(-1, S.shape[1], G, 1, V)  # [B,Hk,G,K,V]
     if a is not None and b is not None:
         S = S + erased  # [B,Hk,G,K,V]
     if beta is not None:
@@ -101,15 +106,17 @@ def loop(
     bonus: Tensor | None,  # [H,K]
     state: Tensor,  # [B,H,K,V], or [N,H,K,V] with N packed sequences
     cu_seqlens: Tensor | None,  # [N+1]
+    value_log_decay: Tensor | None = None,  # None | [H,V] | [B,T,H,V]
 ) -> tuple[Tensor, Tensor]:
     """The recurrent form: `step` for one token after another."""
     if cu_seqlens is not None:
-        return _loop_packed(q, k, v, log_decay, erase, bonus, state, cu_seqlens)
+        return _loop_packed(q, k, v, log_decay, erase, bonus, state, cu_seqlens, value_log_decay)
     outputs = []
     for t in range(q.shape[1]):
         beta, a, b = (None if x is None else x[:, t] for x in parts(erase))
         decay = decay_at(log_decay, t)
-        o, state = step(q[:, t], k[:, t], v[:, t], decay, beta, a, b, bonus, state)
+        along_values = decay_at(value_log_decay, t)
+        o, state = step(q[:, t], k[:, t], v[:, t], decay, beta, a, b, bonus, state, along_values)
         outputs.append(o)
     return torch.stack(outputs, dim=1), state
 
@@ -118,13 +125,8 @@ def decay_at(log_decay: Tensor | None, t: int) -> Tensor | None:
     """The decay of token t, one number a head ([..., 1]) or a key channel ([..., K])."""
     if log_decay is None:
         return None
-    if log_decay.ndim == 1:  # [H] -> [H,1]
-        return log_decay[:, None]
-    if log_decay.ndim == 2:  # [H,K]
-        return log_decay
-    if log_decay.ndim == 3:  # [B,T,H] -> [B,H,1]
-        return log_decay[:, t, :, None]
-    return log_decay[:, t]  # [B,T,H,K] -> [B,H,K]
+    d = log_decay if is_fixed(log_decay) else log_decay[:, t]  # [H], [H,K], [B,H] or [B,H,K]
+    return d if is_per_key(log_decay) else d.unsqueeze(-1)
 
 
 def _loop_packed(
@@ -136,6 +138,7 @@ def _loop_packed(
     bonus: Tensor | None,
     state: Tensor,
     cu_seqlens: Tensor,
+    value_log_decay: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Packed sequences, by definition: each is run alone from its own state."""
     ends = cu_seqlens.tolist()
@@ -147,9 +150,9 @@ def _loop_packed(
             part = Delta(erase.beta[:, cut])
         elif isinstance(erase, LowRank):
             part = LowRank(erase.a[:, cut], erase.b[:, cut])
-        fixed = log_decay is None or log_decay.ndim < 3
-        g = log_decay if fixed else log_decay[:, cut]  # type: ignore[index]
-        o, final = loop(q[:, cut], k[:, cut], v[:, cut], g, part, bonus, state[n : n + 1], None)
+        g, w = (x if x is None or is_fixed(x) else x[:, cut] for x in (log_decay, value_log_decay))
+        own = state[n : n + 1]
+        o, final = loop(q[:, cut], k[:, cut], v[:, cut], g, part, bonus, own, None, w)
         outputs.append(o)
         finals.append(final)
     return torch.cat(outputs, dim=1), torch.cat(finals)

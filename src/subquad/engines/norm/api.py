@@ -1,4 +1,4 @@
-"""Norms of one token or many: what every layer does beside its recurrence.
+"""RMS and l2 norms, of one token or many, with and without a gate.
 
 They stand with the engines because they are compiled like them: around a decoded token on the CPU
 a layer's norms in PyTorch operations cost more than reading its state, and on a GPU a gated norm

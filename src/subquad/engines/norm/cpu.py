@@ -1,4 +1,4 @@
-"""The RMS norm on the CPU, with its gate before or after it: float32, each row read from cache.
+"""The RMS norm on the CPU, with its gate before or after it: float32, inputs read from cache.
 
 In PyTorch the norm is six operations and its gate two more. For one token each of them costs more
 to call than to compute; for many each walks over all of them.

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subquad.backend.fast_paths import are_fast_paths_on
 from subquad.engines.runtime.eager import can_call_compiled_code
 from subquad.engines.runtime.overrides import overridable
 
@@ -29,11 +30,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         [..., N].
     """
     given = (x, weight) if bias is None else (x, weight, bias)
-    worth = x.is_cpu and weight.numel() >= _WORTH and _is_one_row(x, weight, bias)
+    worth = (
+        are_fast_paths_on()
+        and x.is_cpu
+        and weight.numel() >= _WORTH
+        and _is_one_row(x, weight, bias)
+    )
     if worth and not torch.is_autocast_enabled("cpu") and can_call_compiled_code(given):
-        from subquad.engines.projection import (
-            cpu as linear_cpu,  # compiles, and imports numba, when first used
-        )
+        # Compiles, and imports numba, when first used.
+        from subquad.engines.projection import cpu as linear_cpu
 
         y: Tensor = linear_cpu.linear(x, weight, bias)
         return y

@@ -1,4 +1,4 @@
-"""Engines decide on their own precision: states and decays lose their meaning in bfloat16."""
+"""Engines choose their own precision: bfloat16 is too coarse for states and decays."""
 
 from __future__ import annotations
 

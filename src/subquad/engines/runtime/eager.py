@@ -19,7 +19,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def can_call_compiled_code(tensors: Iterable[Tensor]) -> bool:
-    """True for plain float32 CPU tensors of which nobody records a gradient or a graph.
+    """True for plain float32 CPU tensors where no gradient and no graph is being recorded.
 
     Not under another default dtype, which what is made for the results would have.
     """
@@ -34,12 +34,15 @@ def can_call_compiled_code(tensors: Iterable[Tensor]) -> bool:
 def is_plain(tensors: Iterable[Tensor]) -> bool:
     """Whether their memory may be read and written behind torch's back.
 
-    Not where somebody records a gradient or a graph, nor for fake, functional or wrapped tensors.
+    Not where a gradient or a graph is recorded, nor for fake, functional or wrapped tensors.
     """
     if torch.compiler.is_compiling() or _is_transformed():
         return False
     grad = torch.is_grad_enabled()
-    return all(type(t) in _PLAIN and not (grad and t.requires_grad) for t in tensors)
+    # A tensor may say of its memory that it holds the negative, as `z.conj().imag` does.
+    return all(
+        type(t) in _PLAIN and not (grad and t.requires_grad) and not t.is_neg() for t in tensors
+    )
 
 
 def can_call_operators() -> bool:

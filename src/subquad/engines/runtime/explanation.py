@@ -1,4 +1,4 @@
-"""What an engine call runs and why, as something to print or to look at."""
+"""What an engine call runs and why, as an object that prints as a page."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ class Explanation:
         device: where.
         why: the reason for the choice.
         forms: all forms that exist for this recurrence.
-        state_shape, state_bytes: of all rows (or packed sequences) together.
-        flops_per_token: floating-point operations of the forward pass for one token of one row.
+        state_shape, state_bytes: of all sequences of the batch together.
+        flops_per_token: floating-point operations of the forward pass for one token.
+        note: what the caller must see to, if anything.
     """
 
     recurrence: str
@@ -34,8 +35,10 @@ class Explanation:
     state_shape: tuple[int, ...]
     state_bytes: int
     flops_per_token: int
+    note: str = ""
 
     def __str__(self) -> str:
+        note = [f"note        {self.note}"] if self.note else []
         chunk = "" if self.chunk is None else f", chunks of {self.chunk}"
         return "\n".join(
             [
@@ -46,6 +49,7 @@ class Explanation:
                 f"forms       {', '.join(self.forms)}",
                 f"state       {list(self.state_shape)}, {self.state_bytes:,} bytes",
                 f"work        {self.flops_per_token:,} floating-point operations a token",
+                *note,
             ]
         )
 
@@ -54,9 +58,11 @@ class Explanation:
 def watch() -> Iterator[list[Explanation]]:
     """Collect what the engines run inside, for instance in a whole model:
 
-    with subquad.watch() as calls:
-        model(ids)
-    print(calls[0])
+        with subquad.watch() as calls:
+            model(ids)
+        print(calls[0])
+
+    The list fills in the order of the calls.
     """
     calls: list[Explanation] = []
     _WATCHERS.append(calls)
@@ -67,11 +73,11 @@ def watch() -> Iterator[list[Explanation]]:
 
 
 def watched() -> bool:
-    """Whether anybody wants to know."""
+    """Whether a `watch()` is open."""
     return bool(_WATCHERS)
 
 
 def tell(explanation: Explanation) -> None:
-    """Hand a call's explanation to all watchers."""
+    """Add a call's explanation to every open `watch()`."""
     for calls in _WATCHERS:
         calls.append(explanation)

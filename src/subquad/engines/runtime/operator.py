@@ -1,4 +1,4 @@
-"""Compiled work as PyTorch sees it: an operator for whoever looks at operations, else a plain call.
+"""Compiled work as PyTorch sees it: an operator where operations are traced, else a plain call.
 
 A custom operator is what `torch.compile`, tracing and dispatch modes need to see. Its way through
 the dispatcher and the autograd that torch generates for it costs 10 to 60 microseconds of Python a
@@ -18,6 +18,8 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor, is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
+
+from subquad.backend.fast_paths import are_fast_paths_on
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -45,6 +47,8 @@ class Operator:
             return self.op(*args)
         if operations_are_watched():
             self._refuse_tangents(args)
+            return self.op(*args)
+        if not are_fast_paths_on():
             return self.op(*args)
         recorded = False
         for x in args:

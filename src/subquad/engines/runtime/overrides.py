@@ -1,4 +1,4 @@
-"""The engines as functions that others may see called, by PyTorch's own protocol for that."""
+"""The engines take part in `__torch_function__`, so that modes and subclasses see them called."""
 
 from __future__ import annotations
 

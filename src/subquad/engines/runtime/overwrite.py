@@ -24,7 +24,7 @@ _OVERWRITE: ContextVar[frozenset[int] | None] = ContextVar("overwrite", default=
 def overwriting_states(only: Iterable[Tensor] | None = None) -> Iterator[None]:
     """Within, one-token calls on a GPU may write the next state over the one they are given.
 
-    For whoever owns the states and looks at none but the last: a loop that decodes. It saves
+    For a caller that owns the states and reads none but the last: a loop that decodes. It saves
     half of a step's memory traffic, and states keep their addresses, as a captured CUDA graph
     needs. An engine that overwrote a state returns it, the same object; others return a new one.
 

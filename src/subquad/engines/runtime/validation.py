@@ -1,7 +1,7 @@
-"""Bad input is refused here, in words that name the argument, what came, what was due, the fix.
+"""Bad input is refused here, naming the argument, what came, what was expected and the fix.
 
 Shapes, dtypes and devices are always checked (they cost nothing and are static under
-`torch.compile`). Values are looked at only where that needs no device synchronisation.
+`torch.compile`). Values are read only where that needs no device synchronisation.
 """
 
 from __future__ import annotations

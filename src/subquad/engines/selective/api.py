@@ -1,6 +1,6 @@
 """The selective scan: a diagonal recurrence whose step size, input and output depend on the token.
 
-Bt rows   T time   D channels   N state numbers a channel   S sequences (rows, or packed ones)
+Bt batch   T time   D channels   N state numbers a channel   S sequences (of the batch, or packed)
 """
 
 from __future__ import annotations
@@ -20,15 +20,9 @@ from subquad.engines.runtime.validation import (
     check_state,
     check_tensor,
 )
-from subquad.engines.selective import (
-    operator as scan_operator,
-)
-from subquad.engines.selective import (
-    pytorch as scan,
-)
-from subquad.engines.selective import (
-    reference as diagonal_reference,
-)
+from subquad.engines.selective import operator as scan_operator
+from subquad.engines.selective import pytorch as scan
+from subquad.engines.selective import reference as diagonal_reference
 from subquad.errors import choose, fail
 from subquad.table.spec import Recurrence
 

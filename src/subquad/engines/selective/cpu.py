@@ -17,6 +17,7 @@ from torch import Tensor
 from subquad.backend.cpu.compile import (
     address,
     array,
+    as_array,
     at,
     exp,
     jit,
@@ -159,7 +160,7 @@ def _step(
     x, dt, A, B, C, D, state, y, new_state,  # addresses
     S, channels, N, start, stop,
 ):  # fmt: skip
-    """One token of each row: x, dt, y [S,D], A [D,N], B, C [S,N], D [D], states [S,D,N]."""
+    """One token of each sequence: x, dt, y [S,D], A [D,N], B, C [S,N], D [D], states [S,D,N]."""
     inputs, steps, outputs = at(x, (S, channels)), at(dt, (S, channels)), at(y, (S, channels))
     rates, skip, writers, readers = (
         at(A, (channels, N)),
@@ -181,7 +182,7 @@ def _step(
 
 
 def checkpoint_shape(x: Tensor, A: Tensor, sequences: int) -> tuple[int, ...]:
-    """[K,N,D]; K bounds the number of chunks of any packing of these tokens in that many rows."""
+    """[K,N,D]; K bounds the number of chunks, however these tokens are packed in sequences."""
     tokens = x.shape[0] * x.shape[1]
     return tokens // CHUNK + sequences, A.shape[1], A.shape[0]
 
@@ -206,7 +207,7 @@ def forward(
         _forward, channels, x.numel() * N,
         *rows(x), *rows(dt), array(A.t()), array(B.reshape(-1, N)), array(C.reshape(-1, N)),
         array(D), array(state), sequence_bounds(x.shape[0], x.shape[1], cu_seqlens),
-        y.view(-1, channels).numpy(), last_state.numpy(), checkpoints.numpy(),
+        as_array(y.view(-1, channels)), as_array(last_state), as_array(checkpoints),
     )  # fmt: skip
     return y, last_state, checkpoints
 
@@ -232,8 +233,8 @@ def backward(
         _backward, channels, x.numel() * N,
         *rows(x), *rows(dt), array(A.t()), array(B.reshape(-1, N)), array(C.reshape(-1, N)),
         array(D), sequence_bounds(x.shape[0], x.shape[1], cu_seqlens), array(checkpoints),
-        *rows(dy), dx.view(-1, channels).numpy(), ddt.view(-1, channels).numpy(),
-        dA.numpy(), dD.numpy(), dstate.numpy(),
+        *rows(dy), as_array(dx.view(-1, channels)), as_array(ddt.view(-1, channels)),
+        as_array(dA), as_array(dD), as_array(dstate),
     )  # fmt: skip
     dB = torch.from_numpy(sum(share[0] for share in shares)).view(B.shape)
     dC = torch.from_numpy(sum(share[1] for share in shares)).view(C.shape)
@@ -243,7 +244,7 @@ def backward(
 def step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token of each row, for decoding: y like x and the next state; no gradients.
+    """One token of each sequence, for decoding: y like x and the next state; no gradients.
 
     x, dt [S,1,D]; A [D,N]; B, C [S,1,N]; D [D]; state [S,D,N].
     """

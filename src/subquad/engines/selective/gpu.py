@@ -1,4 +1,4 @@
-"""The selective scan on a GPU: launches of the Triton kernels in `diagonal_scan.py`.
+"""The selective scan on a GPU: launches of the Triton kernels in `kernels.py`.
 
 M tokens of all sequences   S sequences   D channels   N state numbers a channel   K checkpoints
 """

@@ -8,7 +8,7 @@ however strong, overflows. Sums are element-wise ones, which neither autocast no
 A packed sequence's first token is one whose decay from the token before is zero and whose write
 carries its own state; nothing else knows about packing.
 
-Bt rows   T time   c chunk   D channels   N state numbers a channel   S sequences
+Bt batch   T time   c chunk   D channels   N state numbers a channel   S sequences
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _chunk(
 
 
 def checkpoint_shape(x: Tensor, A: Tensor, sequences: int) -> tuple[int, ...]:
-    """[K,Bt,D,N]: one state a chunk and row."""
+    """[K,Bt,D,N]: one state for each chunk and sequence."""
     return -(-x.shape[1] // CHUNK), x.shape[0], *A.shape
 
 

@@ -1,6 +1,6 @@
 """The selective scan's specification: one step, and the loop over tokens.
 
-Bt rows   T time   D channels   N state numbers a channel   S sequences (rows, or packed ones)
+Bt batch   T time   D channels   N state numbers a channel   S sequences (of the batch, or packed)
 """
 
 from __future__ import annotations

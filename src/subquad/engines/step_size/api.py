@@ -1,4 +1,4 @@
-"""Selective step sizes: how far a token moves the state is a number it decides itself.
+"""Selective step sizes: the token decides how far it moves the state.
 
     dt = softplus(raw + dt_bias)      log_decay = -exp(A_log) dt      v = dt x
 

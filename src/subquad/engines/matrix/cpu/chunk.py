@@ -138,7 +138,7 @@ def substitute(values, lower):
 
 @jit
 def read_chunk(x, row, head, n, squares, highs):
-    """Chunk n of all, one of that row, for a key head. Uses squares 0, 1 and highs 0 to 2."""
+    """Chunk n of all, one of that sequence, for a key head. Uses squares 0, 1 and highs 0 to 2."""
     first = x.bounds[row] + (n - x.chunks[row]) * CHUNK
     count = min(CHUNK, x.bounds[row + 1] - first)
     m, K = padded(count), padded(x.K)

@@ -1,4 +1,4 @@
-"""Gradients of one chunk, `chunk_cpu.py`, for one head: from those of its output and final state.
+"""Gradients of one chunk, `chunk.py`, for one head: from those of its output and final state.
 
 With A = tril(Q K^T . decay), L = I + strict(K K^T . decay) diag(beta), e the decay from a
 token to the chunk's end, and dS the gradient of the state at the chunk's end, a head's chunk gives
@@ -14,7 +14,7 @@ The gradient of a log decay g_j is the sum over everything that crosses token j:
 reads of the chunk's start by t >= j, writes to its end by s < j, and the state itself. As in the
 forward pass these are sums over their own tokens, not differences of longer sums that cancel.
 
-Letters as in chunked_inputs_cpu.py. Products want their right side by rows, so some matrices are
+Letters as in inputs.py. Products want their right side by rows, so some matrices are
 met transposed, [channels,tokens]: `queries`, `keys`, `written`, `values`, `turned`.
 """
 

@@ -108,7 +108,7 @@ def one_block(blocks, begin):
 
 @jit
 def read_tokens(x, row, n, head, highs):
-    """Chunk n of all, one of that row, for a key head. Uses highs 0 to 3."""
+    """Chunk n of all, one of that sequence, for a key head. Uses highs 0 to 3."""
     K, first = padded(x.K), x.bounds[row] + (n - x.chunks[row]) * CHUNK
     count = min(CHUNK, x.bounds[row + 1] - first)
     queries, keys = block(highs[0], CHUNK, K), block(highs[1], CHUNK, K)

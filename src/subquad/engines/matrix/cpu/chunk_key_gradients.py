@@ -1,4 +1,4 @@
-"""Gradients of one block, `chunk_key_cpu.py`, for one head: from those of its output and its end.
+"""Gradients of one block, `chunk_key.py`, for one head: from those of its output and its end.
 
 With dS the gradient of the state at the block's end, and dA = tril(dO Y^T):
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from subquad.engines.matrix import forms
+from subquad.engines.matrix.kind import is_per_key
 from subquad.engines.matrix.reference import Delta, Erase, LowRank
 from subquad.engines.runtime.derivatives import recorded_gradients, will_be_differentiated
 from subquad.engines.runtime.eager import can_call_operators
@@ -48,7 +49,7 @@ def chunked(
     """`forms.chunked` for what `why_not` allows, in float32; q as it came, not scaled."""
     beta = erase.beta if isinstance(erase, Delta) else None
     if log_decay is not None:
-        channels = () if log_decay.ndim % 2 else q.shape[3:]
+        channels = q.shape[3:] if is_per_key(log_decay) else ()
         log_decay = log_decay.expand(*v.shape[:3], *channels)
     inputs = (q, k, v, log_decay, beta, state)
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
@@ -108,9 +109,8 @@ def _chunked(
     cu_seqlens: Tensor | None,
     kept: int,  # chunks whose starting states the backward pass will want; 0 for no such pass
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from subquad.engines.matrix.cpu import (
-        walk as chunked_cpu,  # compiles, and imports numba, when first used
-    )
+    # Compiles, and imports numba, when first used.
+    from subquad.engines.matrix.cpu import walk as chunked_cpu
 
     return chunked_cpu.forward(q, k, v, log_decay, beta, scale, state, cu_seqlens, kept)
 

@@ -1,8 +1,8 @@
 """What both compiled chunked forms of the CPU share: their arguments, and how their work is split.
 
-Work is split into units: a row, a key head, and a part of the heads that share it.
+Work is split into units: a sequence, a key head, and a part of the heads that share it.
 
-M tokens of all sequences   R rows: the batch's, or packed sequences   H heads   Hk key heads
+M tokens of all sequences   R sequences, of the batch or packed   H heads   Hk key heads
 G = H / Hk heads that share a key   K key size   V value size   C <= CHUNK tokens of a chunk
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from subquad.backend.cpu.compile import SLICE, array, jit, over_channels, rows, sequence_bounds
 from subquad.backend.cpu.product import aligned
+from subquad.engines.matrix.kind import is_per_key
 
 CHUNK = 64  # tokens between starting states that are kept for the backward pass
 ZERO, ONE = np.float32(0.0), np.float32(1.0)
@@ -62,7 +63,7 @@ def prepare(
     chunks = np.zeros_like(bounds)
     chunks[1:] = np.cumsum(-(-np.diff(bounds) // CHUNK))
     none = np.empty((0, 0), np.float32)
-    wide = log_decay is not None and log_decay.ndim == 4  # a number a key channel
+    wide = log_decay is not None and is_per_key(log_decay)
     gates, gates_stride = rows(log_decay.flatten(-2)) if wide else (none.reshape(-1), 0)
     units, threads = (bounds.size - 1) * Hk, torch.get_num_threads()
     return Inputs(
@@ -93,9 +94,9 @@ def over_units(kernel, x: Inputs, *args) -> None:
 
 @jit
 def unit_heads(x, unit):
-    """(row, key head, part, its first head, the head after its last) of a unit of work.
+    """(sequence, key head, part, its first head, the head after its last) of a unit of work.
 
-    Rows are next to each other: packed sequences differ in length, heads do not.
+    Sequences are next to each other: packed ones differ in length, heads do not.
     """
     R = x.bounds.size - 1
     row, shared = unit % R, unit // R

@@ -15,19 +15,20 @@ from torch import Tensor
 
 from subquad.backend.cpu.compile import SLICE, address, at, exp, jit, over_channels
 from subquad.backend.cpu.tape import Tape, integers, kernel, real
+from subquad.engines.matrix.kind import is_per_key
 
 SILENT = np.float32(1e-30)  # a state this small is zero: denormal numbers are slow
 
 
 @jit
 def _step(
-    q, k, v, log_decay, beta, a, b, bonus, state, o, new,  # addresses, 0 for what is absent
-    R, H, G, K, V, scale, rates, width, start, stop,
+    q, k, v, log_decay, beta, a, b, bonus, state, value_log_decay, o, new,  # addresses, 0: absent
+    R, H, G, K, V, scale, rates, width, value_rates, start, stop,
 ):  # fmt: skip
     """For rows start/SLICE to stop/SLICE of R = B * H.
 
     q, k [R/G,K]; v, o [R,V]; log_decay [rates,width], rates R or H, width 1 or K; beta [R]; a, b
-    [R,K]; bonus [H,K]; state, new [R,K,V].
+    [R,K]; bonus [H,K]; state, new [R,K,V]; value_log_decay [value_rates,V].
     """
     queries, keys, values, out = (
         at(q, (R // G, K)),
@@ -38,6 +39,8 @@ def _step(
     old_state, new_state = at(state, (R, K, V)), at(new, (R, K, V))
     log_decays, betas, u = at(log_decay, (rates, width)), at(beta, (R,)), at(bonus, (H, K))
     readers, writers = at(a, (R, K)), at(b, (R, K))
+    value_log_decays = at(value_log_decay, (value_rates, V))
+    along_values = np.ones(V, np.float32)
     seen = np.empty(V, np.float32)  # what the token reads before it writes: S^T k or S^T a
     write = np.empty(V, np.float32)
     decay = np.ones(K, np.float32)
@@ -46,6 +49,9 @@ def _step(
         if log_decay != 0:
             for i in range(K):
                 decay[i] = exp(log_decays[r % rates, i if width > 1 else 0])
+        if value_log_decay != 0:
+            for j in range(V):
+                along_values[j] = exp(value_log_decays[r % value_rates, j])
         for j in range(V):
             o_r[j] = np.float32(0.0)
             seen[j] = np.float32(0.0)
@@ -66,11 +72,15 @@ def _step(
                 back = writers[r, i]
                 for j in range(V):
                     n = keep * row[j] + x * write[j] + back * seen[j]
-                    new_row[j] = n if abs(n) > SILENT else np.float32(0.0)
+                    new_row[j] = np.float32(0.0) if abs(n) < SILENT else n  # NaN stays NaN
+            elif value_log_decay != 0:
+                for j in range(V):
+                    n = keep * along_values[j] * row[j] + x * write[j]
+                    new_row[j] = np.float32(0.0) if abs(n) < SILENT else n
             else:
                 for j in range(V):
                     n = keep * row[j] + x * write[j]
-                    new_row[j] = n if abs(n) > SILENT else np.float32(0.0)
+                    new_row[j] = np.float32(0.0) if abs(n) < SILENT else n
             if bonus != 0:  # read before the write, the token itself through u
                 through = u[r % H, i] * x
                 for j in range(V):
@@ -91,17 +101,19 @@ def step(
     bonus: Tensor | None,
     scale: float,
     state: Tensor,
+    value_log_decay: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `linear_recurrence` with T = 1, for plain float32 CPU tensors and no gradients.
 
     q, k [B,1,Hk,K]; v [B,1,H,V]; log_decay [H], [H,K], [B,1,H] or [B,1,H,K]; beta [B,1,H]; a, b
-    [B,1,H,K]; bonus [H,K]; state [B,H,K,V]. Returns o [B,1,H,V] and the new state.
+    [B,1,H,K]; bonus [H,K]; state [B,H,K,V]; value_log_decay [H,V] or [B,1,H,V]. Returns o
+    [B,1,H,V] and the new state.
     """
     B, H, K, V = state.shape
     o, new = v.new_empty(v.shape), v.new_empty(state.shape)
     inputs = [
         None if x is None else x.contiguous()
-        for x in (q, k, v, log_decay, beta, a, b, bonus, state)
+        for x in (q, k, v, log_decay, beta, a, b, bonus, state, value_log_decay)
     ]
     over_channels(
         _step,
@@ -117,16 +129,17 @@ def step(
         V,
         float(scale),
         *_rates(log_decay, K),
+        _value_rates(value_log_decay, V),
     )
     return o, new
 
 
 @kernel
 def _unit(arguments, unit):
-    n = integers(arguments, 19)
+    n = integers(arguments, 21)
     _step(
-        n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10],
-        n[11], n[12], n[13], n[14], n[15], real(n[16]), n[17], n[18],
+        n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11],
+        n[12], n[13], n[14], n[15], n[16], real(n[17]), n[18], n[19], n[20],
         unit * SLICE, (unit + 1) * SLICE,
     )  # fmt: skip
 
@@ -143,19 +156,25 @@ def record(
     bonus: Tensor | None,
     scale: float,
     state: Tensor,
+    value_log_decay: Tensor | None,
     o: Tensor,
     new: Tensor,
 ) -> None:
     """`step` of contiguous tensors, into o and new."""
     B, H, K, V = state.shape
-    tensors = (q, k, v, log_decay, beta, a, b, bonus, state, o, new)
+    tensors = (q, k, v, log_decay, beta, a, b, bonus, state, value_log_decay, o, new)
     sizes = (B * H, H, H // k.shape[2], K, V)
-    tape.step(_unit, B * H, *tensors, *sizes, float(scale), *_rates(log_decay, K))
+    rates = (*_rates(log_decay, K), _value_rates(value_log_decay, V))
+    tape.step(_unit, B * H, *tensors, *sizes, float(scale), *rates)
+
+
+def _value_rates(value_log_decay: Tensor | None, V: int) -> int:
+    return 0 if value_log_decay is None else value_log_decay.numel() // V
 
 
 def _rates(log_decay: Tensor | None, K: int) -> tuple[int, int]:
     """The rows and the width of a decay: by head or by row of the state, one number or K."""
     if log_decay is None:
         return 0, 1
-    width = 1 if log_decay.ndim % 2 else K
+    width = K if is_per_key(log_decay) else 1
     return log_decay.numel() // width, width

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from subquad.backend.cpu.compile import SLICE, array, jit
+from subquad.backend.cpu.compile import SLICE, array, as_array, jit
 from subquad.backend.cpu.product import WHOLE, add_product, block, padded
 from subquad.engines.matrix.cpu import walk_key as chunked_key_cpu
 from subquad.engines.matrix.cpu.chunk import multiply_rows, read_chunk, read_head, read_out
@@ -80,5 +80,5 @@ def forward(
     starts = v.new_empty(kept, *state.shape[1:])
     flat = o.view(-1, x.Hk * x.G * x.V)
     walk = chunked_key_cpu.forward if x.gates.size > 0 else _forward
-    over_units(walk, x, array(state), flat.numpy(), final.numpy(), starts.numpy())
+    over_units(walk, x, array(state), as_array(flat), as_array(final), as_array(starts))
     return o, final, starts

@@ -1,4 +1,4 @@
-"""Gradients of `chunked_cpu`: the chunks from the last to the first, with that of the state.
+"""Gradients of `walk.py`: the chunks from the last to the first, with that of the state.
 
 Saved are the inputs and the states at the chunks' starts; what a chunk computes inside is computed
 again. What a chunk's gradients are is in `chunk_gradients_cpu.py`.
@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from subquad.backend.cpu.compile import SLICE, array, jit, rows
+from subquad.backend.cpu.compile import SLICE, array, as_array, jit, rows
 from subquad.backend.cpu.product import block, padded
 from subquad.backend.cpu.vectors import transpose
 from subquad.engines.matrix.cpu import walk_key_backward as chunked_key_backward_cpu
@@ -128,11 +128,11 @@ def backward(
     dq, dk = v.new_empty(x.parts, M, x.Hk * x.K), v.new_empty(x.parts, M, x.Hk * x.K)
     dv, dinitial = v.new_empty(v.shape), v.new_empty(dfinal.shape)
     dg, dbeta = (v.new_empty(0 if y is None else y.shape) for y in (log_decay, beta))
-    by_token = (d.view(M, d.numel() // M).numpy() for d in (dv, dg, dbeta))
+    by_token = (as_array(d.view(M, d.numel() // M)) for d in (dv, dg, dbeta))
     walk = chunked_key_backward_cpu.backward if x.gates.size > 0 else _backward
     over_units(
-        walk, x, starts.numpy(), *rows(do.flatten(-2)), array(dfinal),
-        dq.numpy(), dk.numpy(), *by_token, dinitial.numpy(),
+        walk, x, as_array(starts), *rows(do.flatten(-2)), array(dfinal),
+        as_array(dq), as_array(dk), *by_token, as_array(dinitial),
     )  # fmt: skip
     dq, dk = (d.sum(0) if x.parts > 1 else d[0] for d in (dq, dk))
     return dq.view(q.shape), dk.view(k.shape), dv, dg, dbeta, dinitial

@@ -1,4 +1,4 @@
-"""The walk of `chunked_cpu.py` for decays a key channel. What a block is: `chunk_key_cpu.py`."""
+"""The walk of `walk.py` for decays a key channel. What a block is: `chunk_key_cpu.py`."""
 
 # mypy: ignore-errors
 from __future__ import annotations

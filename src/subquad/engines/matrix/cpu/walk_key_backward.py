@@ -1,4 +1,4 @@
-"""The walk of `chunked_backward_cpu.py` for decays a key channel: from the last block to the first.
+"""The walk of `walk_backward.py` for decays a key channel: from the last block to the first.
 
 Of a chunk the state at its start is known. Those at its blocks' starts are computed again, and stay
 in cache until the blocks are met the other way. What a block's gradients are is in

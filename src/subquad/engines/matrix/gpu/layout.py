@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from subquad.backend.gpu.launch import Launch, launch_of
+from subquad.engines.matrix.kind import decay_kind
 
 NONE, HEAD_FIXED, HEAD, KEY = range(4)  # kinds of gate, as scan.py numbers them
 PIECE = 256  # tokens a program of the gate sums; segments are multiples of it
@@ -16,10 +17,14 @@ SHORTEST_SEGMENT = 1024  # tokens; shorter ones cost more in their extra pass th
 WARPS_PER_PROCESSOR = 8  # as many as fit at once; what a split of the sequence aims at
 
 
+_GATES = {"none": NONE, "fixed_head": HEAD_FIXED, "token_head": HEAD} | dict.fromkeys(
+    ("fixed_key", "token_key"), KEY
+)
+
+
 def gate_kind(log_decay: Tensor | None) -> int:
-    if log_decay is None:
-        return NONE
-    return {1: HEAD_FIXED, 2: KEY, 3: HEAD, 4: KEY}[log_decay.ndim]
+    """As the kernels number them: they know a fixed decay per head, not per key channel."""
+    return _GATES[decay_kind(log_decay)]
 
 
 class Tiles(NamedTuple):

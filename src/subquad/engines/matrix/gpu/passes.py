@@ -27,6 +27,7 @@ from subquad.engines.matrix.gpu.layout import (
     segment_length,
     share_out,
 )
+from subquad.engines.matrix.kind import is_fixed, is_per_key
 
 
 def strided(x: Tensor) -> Tensor:
@@ -59,10 +60,10 @@ def prepare_gate(log_decay: Tensor | None, like: Tensor) -> Gate:
     kind = gate_kind(log_decay)
     if log_decay is None:
         return Gate(kind, False, like, 0, 0)
-    if log_decay.ndim <= 2:
+    if is_fixed(log_decay):
         log_decay = log_decay.contiguous()
         return Gate(kind, True, log_decay, 0, log_decay.stride(0))
-    if log_decay.ndim == 4:
+    if is_per_key(log_decay):
         log_decay = strided(log_decay)
     elif not _is_one_row(log_decay):
         log_decay = _laid_out(log_decay)

@@ -32,6 +32,7 @@ from subquad.engines.matrix.gpu.passes import (
     states_to_keep,
     strided,
 )
+from subquad.engines.matrix.kind import is_fixed
 from subquad.engines.runtime.operator import operator
 
 GATE_NAMES = ("no decay", "fixed decay per head", "decay per head", "decay per key channel")
@@ -43,7 +44,6 @@ def supported(
     v: Tensor,
     log_decay: Tensor | None = None,
     bonus: Tensor | None = None,
-    scale: float | None = None,
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> str | None:
@@ -87,7 +87,7 @@ def linear_recurrence(
     v: Tensor,
     log_decay: Tensor | None = None,
     bonus: Tensor | None = None,
-    scale: float | None = None,
+    scale: float = 1.0,
     state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -97,8 +97,6 @@ def linear_recurrence(
     state [B,H,K,V] float32; cu_seqlens [N+1] with B = 1. Returns o [B,T,H,V] in the promoted type
     of q, k and v, and the final state, float32. Differentiable in all floating-point tensors.
     """
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
     if not q.dtype == k.dtype == v.dtype:
         dtype = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
@@ -261,7 +259,7 @@ def _fold(gradient: Tensor | None, parameter: Tensor | None, like: Tensor) -> Te
     """Sum a gradient's first axis, segments, unless the parameter has a value for each token."""
     if gradient is None or parameter is None:
         return like.new_empty(0)
-    return gradient.sum(0).to(parameter.dtype) if parameter.ndim <= 2 else gradient
+    return gradient.sum(0).to(parameter.dtype) if is_fixed(parameter) else gradient
 
 
 def _unshare(gradient: Tensor, like: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from subquad.engines.matrix.gpu.passes import (
     segment_tokens,
     sum_gate,
 )
+from subquad.engines.matrix.kind import is_per_key
 
 CHUNK = 64
 WALK = Tiles(CHUNK, 64, 4, 3)  # of the walks over the sequence
@@ -27,7 +28,7 @@ def takes(k: Tensor, v: Tensor, log_decay: Tensor) -> bool:
     """Whether these kernels have tiles for such tensors (bfloat16, gates per head, small heads)."""
     return (
         roomy(v.device)
-        and log_decay.ndim in (1, 3)
+        and not is_per_key(log_decay)
         and v.dtype == torch.bfloat16
         and k.shape[2] < v.shape[2]
         and k.shape[-1] <= 128

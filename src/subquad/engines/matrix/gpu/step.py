@@ -16,6 +16,7 @@ from subquad.backend.gpu.launch_cache import replayed
 from subquad.backend.gpu.tensors import reason_to_decline
 from subquad.engines.matrix.gpu.layout import gate_kind, padded
 from subquad.engines.matrix.gpu.scan import GATE_NAMES
+from subquad.engines.matrix.kind import is_fixed, is_per_key
 from subquad.engines.runtime.operator import operator
 
 TILE = 8192  # cells of the state a program: 64 in the registers of each of its threads
@@ -101,11 +102,11 @@ def _launch(
     a, b = None if a is None else _adjacent(a), None if b is None else _adjacent(b)
     bonus = None if bonus is None else bonus.contiguous()
     gate_strides = (0, 0)
-    if log_decay is not None and log_decay.ndim <= 2:
+    if log_decay is not None and is_fixed(log_decay):
         log_decay = log_decay.contiguous()
         gate_strides = (0, log_decay.stride(0))
     elif log_decay is not None:
-        log_decay = _adjacent(log_decay) if log_decay.ndim == 4 else log_decay
+        log_decay = _adjacent(log_decay) if is_per_key(log_decay) else log_decay
         gate_strides = _strides(log_decay)
     absent = q  # a valid pointer that the kernel never follows
     erase = sum(x is not None for x in (beta, a, b))

@@ -55,7 +55,7 @@ class _WhenImported(MetaPathFinder):
         return spec
 
 
-def register() -> None:
+def register_when_asked() -> None:
     """Now, if the table is there; else when it is imported."""
     if _TABLE in sys.modules:
         promise(sys.modules[_TABLE])

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from subquad.cli.hippo_story import Recall, Story
+from subquad.cli.hippo.story import Recall, Story
 from subquad.cli.terminal import say, screen, show_path
 from subquad.errors import fail
 from subquad.ssm import signals
@@ -46,7 +46,7 @@ def hippo_command(
     console = screen()
     show(story, signal, console)
 
-    from subquad.cli.hippo_plot import draw
+    from subquad.cli.hippo.plot import draw
 
     out.parent.mkdir(parents=True, exist_ok=True)
     draw(story, out)

@@ -1,0 +1,1 @@
+"""The running maximum that keeps exponential gates within reach of float32."""
