@@ -13,7 +13,7 @@ from evidence_report import machine_text, save
 
 from subquad import tasks
 from subquad.arena.folder import describe_machine
-from subquad.arena.text.results import write_atomically, write_json
+from subquad.files import write_atomically, write_json
 from subquad.ssm.hippo import HiPPO
 
 METHODS = ("bilinear", "zoh", "backward_euler", "euler")

@@ -10,7 +10,7 @@ from evidence_jobs import Job, Part
 from experiments import EXPERIMENTS, Experiment, Values, at
 
 from subquad.arena.task.results import TaskArenaResults, TaskPlan, TaskRowResult
-from subquad.arena.text.results import write_atomically, write_json
+from subquad.files import write_atomically, write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

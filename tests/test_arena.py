@@ -25,16 +25,22 @@ from subquad.arena import (
     terminal_table,
     write_report,
 )
-from subquad.arena.drawing import byte_count, count, smooth, spread
+from subquad.arena.drawing import byte_count, count, looks, smooth, spread
 from subquad.arena.equalise import count_parameters
 from subquad.arena.measure import decode_timings, heldout_windows
+from subquad.arena.records import Shape
+from subquad.arena.text.rates import BEST
 from subquad.arena.text.report import command_line
-from subquad.arena.text.results import RowResult, Shape, Training, difference
-from subquad.cli import app
-from subquad.cli.arena_body import parse_count
+from subquad.arena.text.results import RowResult, Training, difference
+from subquad.cli import app, parse
+from subquad.cli.arena_body import arena_command, show, task_command
+from subquad.cli.terminal import screen
 from subquad.mixers import MIXERS
 from subquad.models import SubquadConfig, SubquadForCausalLM
+from subquad.table import ROWS as ROWS_OF_THE_TABLE
 from subquad.train import TrainConfig, TrainingError, evaluate, load_corpus, train
+from subquad.train.session import Session
+from subquad.train.task.run import TaskRun
 
 ROWS = ("softmax_attention", "gla")
 
@@ -58,6 +64,7 @@ def config(text) -> ArenaConfig:
         contexts=(16, 64, 128),
         heldout_tokens=640,
         sample_tokens=12,
+        lr=2e-3,
         device="cpu",
     )
 
@@ -93,7 +100,7 @@ def test_rows_that_mix_channels_get_layers_instead_of_an_mlp():
 def test_a_size_or_row_that_cannot_be_had_is_refused():
     with pytest.raises(ValueError, match=r"parameters: gla has no shape within 2% of 500 "):
         equal_shape("gla", 500, 259)
-    with pytest.raises(ValueError, match=r"rows: there is no row 'gals'; expected some of .*gla"):
+    with pytest.raises(ValueError, match=r"rows: got 'gals'; expected one of .*gla"):
         equal_shape("gals", 1_000_000, 259)
 
 
@@ -124,6 +131,24 @@ def test_of_several_learning_rates_each_row_is_shown_at_its_best(config, tmp_pat
     assert "--lr 1e-06,0.01,1e+30" in page
     assert run_arena(results.config, tmp_path) == results
     assert ArenaResults.from_json(json.loads(json.dumps(results.to_json()))) == results
+
+
+def test_each_row_of_the_demo_trains_at_its_own_best_rate_of_the_committed_sweep(config, tmp_path):
+    """The baseline like its rivals, at rates that are no end of the range that was tried."""
+    file = Path(__file__).parents[1] / "docs" / "results" / "demo-sweep.json"
+    rows = json.loads(file.read_text())["rows"]
+    assert {row: record["best"] for row, record in rows.items()} == BEST
+    assert set(BEST) == set(ArenaConfig().rows)
+    for row, record in rows.items():
+        ends = {float(rate): bits for rate, bits in record["bits_per_byte"].items()}
+        assert min(ends, key=ends.get) == BEST[row] and min(ends) < BEST[row] < max(ends)
+    asked = replace(config, lr=None, rows=("softmax_attention", "gla:num_heads=2", "deltanet"))
+    results = run_arena(replace(asked, steps=2, sample_tokens=2), tmp_path)
+    rates = {result.name: result.lr for result in results.rows}
+    assert rates == {"softmax_attention": 1e-3, "gla:num_heads=2": 2e-3, "deltanet": 2e-3}
+    page = write_report(results, tmp_path).read_text("utf-8")
+    assert "softmax_attention 0.001, gla:num_heads=2 0.002" in page and "--lr" not in page
+    assert run_arena(results.config, tmp_path) == results
 
 
 def test_a_row_whose_training_breaks_off_does_not_keep_the_others_from_theirs(
@@ -260,6 +285,30 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_call_goes_on(finished, config, t
         assert result.sample == expected.sample
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("on_task", [False, True])
+def test_the_signal_that_stops_an_arena_is_its_exit_status(
+    config, tmp_path, monkeypatch, capsys, name, on_task
+):
+    number = getattr(signal, name)
+    step = (TaskRun if on_task else Session).train_step
+
+    def step_and_signal(self, *args):
+        step(self, *args)
+        if on_task or self.run is not None:  # not while calibrating
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(TaskRun if on_task else Session, "train_step", step_and_signal)
+    if on_task:
+        given = {"task": "copying", "rows": "gla", "steps": 5, "batch_size": 2, "device": "cpu"}
+        status = task_command(tmp_path / "a", given, ["memory=2", "pause=4"])
+    else:
+        given = {**vars(config), "rows": "gla", "parameters": "60k", "lr": "0.002"}
+        status = arena_command(tmp_path / "a", given)
+    assert status == 128 + number
+    assert "Stopped before: gla. The same command continues." in capsys.readouterr().out
+
+
 def test_another_arena_in_the_same_place_is_refused(finished, text, tmp_path):
     _, out = finished
     other = ArenaConfig(rows=ROWS, parameters=60_000, data=text, steps=7, device="cpu")
@@ -339,7 +388,7 @@ def test_the_page_stands_alone(finished):
     assert page.open == []
     assert page.loads == []
     assert "@import" not in html and not re.search(r"url\((?!#)", html)
-    assert html.count("<svg") == 4 and html.count('role="img"') == 4
+    assert html.count("<svg") == 6 and html.count('role="img"') == 6
     assert not re.search(r"#01f[23]", html), "a placeholder colour was left"
     clips = re.findall(r'<clipPath id="([^"]+)"', html)
     assert clips and len(set(clips)) == len(clips), "drawings would clip each other"
@@ -389,6 +438,58 @@ def test_the_table_fits_a_terminal(finished):
         assert re.search(rf"{result.row} .*{result.bits_per_byte:.3f}", printed)
 
 
+def test_every_axis_says_what_it_counts(finished):
+    html = render_html(finished[0])
+    drawings = re.findall(r'<svg .*?aria-label="(.*?)".*?</svg>', html, re.S)
+    assert len(drawings) == 6
+    for what in drawings:
+        y, x = what.split(" against ")
+        assert html.count(f">{x}</text>") and html.count(f">{y}</text>"), what
+    assert {
+        f"bits per byte against {x}" for x in ("seconds of training", "state of one sequence")
+    } <= {*drawings}
+
+
+def test_a_row_has_its_colour_on_every_page(finished):
+    demo = looks(ArenaConfig().rows)
+    alone = {row: looks([row])[row] for row in demo}
+    assert demo == alone and len({look.colour for look in demo.values()}) == len(demo)
+    every = looks(ROWS_OF_THE_TABLE)
+    assert len(set(every.values())) == len(every), "two rows cannot be told apart"
+    twice = looks(["gla", "gla:num_heads=2"])
+    assert twice["gla"] == every["gla"] != twice["gla:num_heads=2"]
+    assert twice["gla:num_heads=2"].colour == every["gla"].colour
+    page = render_html(finished[0])
+    for row, look in every.items():
+        if row in ROWS:
+            assert f'var(--series-{look.colour})"></span><code>{row}</code>' in page
+
+
+@pytest.mark.parametrize("label", ["gla:" + "x" * 200, "gla:[/x]", "gla:$x_1$ & <b>"])
+def test_labels_may_hold_anything(finished, label, capsys):
+    results = finished[0]
+    rows = [replace(row, label=label) if row.row == "gla" else row for row in results.rows]
+    changed = ArenaResults(replace(results.plan, config=results.config), rows)
+    page = Page(render_html(changed))
+    assert page.open == [] and page.loads == []
+    show(changed, screen())
+    shown = capsys.readouterr().out
+    assert label in shown or shown.count("x") >= 200
+
+
+def test_a_report_that_cannot_be_drawn_loses_no_result(config, tmp_path, monkeypatch, capsys):
+    def fail(results):
+        raise RuntimeError("no drawing [/x] today")
+
+    monkeypatch.setattr("subquad.arena.text.report.render_html", fail)
+    given = {**vars(config), "rows": "gla", "parameters": "60k", "lr": "0.002", "steps": 2}
+    status = arena_command(tmp_path / "[/x]" / "out", given)
+    said = capsys.readouterr().out
+    assert status == 1 and "no drawing [/x] today" in said and "gla" in said
+    record = json.loads((tmp_path / "[/x]" / "out" / "results.json").read_text())
+    assert record["summary"][0]["row"] == "gla"
+
+
 @given(st.lists(st.floats(0, 300), min_size=1, max_size=12))
 def test_labels_keep_their_order_and_their_distance(wishes):
     placed = spread(wishes, 17, 0, 300)
@@ -411,10 +512,10 @@ def test_smoothing_is_a_mean_of_neighbours(values, window):
 def test_numbers_as_people_write_them():
     assert [count(n) for n in (128, 998, 2048, 16384, 10**6)] == ["128", "998", "2k", "16k", "1M"]
     assert [byte_count(n) for n in (16, 983_040, 72 << 20)] == ["16 B", "960 KiB", "72 MiB"]
-    assert [parse_count(n) for n in ("300k", "1.5M", "2500")] == [300_000, 1_500_000, 2500]
+    assert [parse.count(n) for n in ("300k", "1.5M", "2500")] == [300_000, 1_500_000, 2500]
     for wrong in ("", "M", "lots", "1e999"):
         with pytest.raises(ValueError, match="parameters: got"):
-            parse_count(wrong)
+            parse.count(wrong)
 
 
 def test_the_command_runs_and_says_where_the_report_is(config, tmp_path):

@@ -1,6 +1,7 @@
 """Data: deterministic, split without leaks, counted in bytes, batched by the step alone."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+from subquad.train import TrainConfig
 from subquad.train.data import (
     Batches,
     Tokens,
@@ -194,3 +196,74 @@ def test_fingerprint_sees_a_changed_byte(tmp_path):
     assert load_corpus(str(path)).fingerprint == before
     path.write_text(path.read_text().replace("777", "778"))
     assert load_corpus(str(path)).fingerprint != before
+
+
+# ---- what is no text
+
+
+def test_a_folder_is_read_without_the_runs_and_arenas_in_it(tmp_path):
+    """Also one that was made there since: a run must find the same text when it is resumed."""
+    (tmp_path / "a.txt").write_text("text")
+    before = read_documents(str(tmp_path))
+    run = tmp_path / "deep" / "run"
+    run.mkdir(parents=True)
+    for name in (".lock", "config.json", "metrics.jsonl"):
+        (run / name).write_text("{}\n")
+    arena = tmp_path / "arena"
+    arena.mkdir()
+    (arena / "plan.json").write_text('{"config": {}, "environment": {}}')
+    (arena / "report.html").write_text("<p>")
+    assert read_documents(str(tmp_path)) == before
+    (tmp_path / "plans").mkdir()
+    (tmp_path / "plans" / "plan.json").write_text('{"config": {}}')  # anybody's
+    assert len(read_documents(str(tmp_path))) == 2
+
+
+def test_the_order_is_that_of_the_names(tmp_path):
+    for name in ("b.txt", "a/z.txt", "a.txt", "a/b/c.txt", "a-b/d.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    names = [document.name for document in read_documents(str(tmp_path))]
+    paths = sorted(p for p in tmp_path.rglob("*") if p.is_file())
+    assert names == [p.relative_to(tmp_path).as_posix() for p in paths]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with a name")
+def test_what_has_no_end_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for source in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(ValueError, match=r"data: .* is no regular file; expected `stdlib`"):
+            read_documents(str(source))
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    assert [document.name for document in read_documents(str(tmp_path))] == ["a.txt"]
+    with pytest.raises(ValueError, match=r"tokenizer: .* does not exist"):
+        load_tokenizer(tmp_path / "pipe")
+
+
+def test_an_empty_source_is_not_the_working_directory():
+    with pytest.raises(ValueError, match="data: '' does not exist"):
+        read_documents("")
+    with pytest.raises(ValueError, match="data: got ''"):
+        TrainConfig(data="")
+
+
+def test_lines_without_bounds_are_refused(tmp_path, monkeypatch):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a"}\n{"text": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    with pytest.raises(ValueError, match="line 2 is not a JSON object"):
+        read_documents(str(file))
+    monkeypatch.setattr("subquad.train.documents._LONGEST_LINE", 100)
+    file.write_text('{"text": "a"}\n{"text": "' + "b" * 100 + '"}\n')
+    with pytest.raises(ValueError, match="line 2 is longer than"):
+        read_documents(str(file))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"model": 3}', b"\xff\xfe", b"[" * 10**5])
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_broken_tokenizer_is_one_clear_error(tmp_path, content, folder):
+    file = tmp_path / "tokenizer.json"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"^tokenizer: .* holds none that transformers can read"):
+        load_tokenizer(tmp_path if folder else file)

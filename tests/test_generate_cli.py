@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from subquad import SubquadCache, SubquadConfig, SubquadForCausalLM
-from subquad.cli import app, main
-from subquad.cli.train_body import parse_layers, parse_setting, settle
+from subquad.cli import app, main, parse
+from subquad.cli.settle import settle
 from subquad.generate import TextPieces, draw, generate_batch, generate_tokens, load, stream
 from subquad.generate.decode import _reading
-from subquad.generate.load import model_folder
 from subquad.models import ByteTokenizer
+from subquad.models.folder import model_folders
 from subquad.train import TrainConfig, train
 
 BYTES = ByteTokenizer()
@@ -116,6 +116,76 @@ def test_a_batch_is_its_rows():
         generate_batch(model, prompts[0], max_new_tokens=1)
 
 
+@pytest.mark.parametrize("row", ["gated_deltanet", "softmax_attention"])
+def test_a_ragged_batch_is_its_prompts(row, monkeypatch):
+    model = tiny(row)
+    prompts = [list(b"a"), list(b"a longer prompt"), list(b"medium")]
+    expected = [take_after(model, prompt, 12) for prompt in prompts]
+    for piece in (2048, 4):  # some prompts begin in a later piece than others
+        monkeypatch.setattr("subquad.generate.decode._PREFILL", piece)
+        assert generate_batch(model, prompts, max_new_tokens=12).tolist() == expected
+    tensors = [torch.tensor(prompt) for prompt in prompts[:1]]
+    assert generate_batch(model, tensors, max_new_tokens=12).tolist() == expected[:1]
+
+
+def take_after(model, ids, count, **options):
+    return list(generate_tokens(model, ids, max_new_tokens=count, temperature=0, **options))
+
+
+def test_prompts_of_unequal_length_are_refused_for_other_models():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=259, n_embd=16, n_layer=1, n_head=1, n_positions=64)
+    other = GPT2LMHeadModel(config).eval()
+    with pytest.raises(
+        ValueError, match=r"^ids: got prompts of \[1, 2\] tokens; .* model.generate"
+    ):
+        generate_batch(other, [[1], [1, 2]], max_new_tokens=2)
+    assert generate_batch(other, [[1, 2], [3, 4]], max_new_tokens=2).shape == (2, 2)
+
+
+@pytest.mark.parametrize("row", ["gla", "softmax_attention"])
+def test_a_conversation_goes_on_with_its_cache(row, tmp_path):
+    """After every token the cache holds the prompt and all that was yielded, nothing more."""
+    model, cache = tiny(row), SubquadCache(1)
+    first, second = list(b"hello"), list(b"and then")
+    said = take_after(model, first, 7, past_key_values=cache)
+    assert said == take_after(model, first, 7)
+    assert cache.get_seq_length() == 5 + 7
+    cache.save(tmp_path / "cache.safetensors")
+    more = take_after(model, second, 6, past_key_values=cache)
+    whole = take_after(model, first + said + second, 6)
+    assert more == whole
+    loaded = SubquadCache.load(tmp_path / "cache.safetensors")
+    text = "".join(
+        stream(model, BYTES, "and then", max_new_tokens=6, temperature=0, past_key_values=loaded)
+    )
+    assert text == "".join(texts(whole))
+    stop = whole[2]
+    stopped = SubquadCache.load(tmp_path / "cache.safetensors")
+    kept = take_after(model, second, 6, past_key_values=stopped, stop_ids=(stop,))
+    assert kept == whole[: whole.index(stop)]
+    assert stopped.get_seq_length() == 12 + len(second) + len(kept)
+    with pytest.raises(ValueError, match=r"^ids: got an empty prompt"):
+        stream(model, BYTES, "", past_key_values=loaded)
+    with pytest.raises(ValueError, match=r"^past_key_values: got"):
+        take_after(model, second, 6, past_key_values=SubquadCache(2))
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-320, 5e-324, 1e-8])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_tiny_temperature_takes_the_likeliest(temperature, top_p):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(64, 259, generator=generator) * 1e4
+    logits[:, 3] = -torch.inf
+    tokens = draw(logits, temperature=temperature, top_p=top_p, generator=generator)
+    assert torch.equal(tokens, logits.argmax(-1))
+    assert take(tiny("gla"), 9, temperature=temperature, top_p=top_p, seed=0) == take(
+        tiny("gla"), 9, temperature=0
+    )
+
+
 def test_tokens_are_waited_for_on_their_own_gpu(monkeypatch):
     """Whichever is the current one: its stream knows nothing of the copy."""
     waits = []
@@ -163,6 +233,12 @@ def test_draw_temperature_and_nucleus():
         ({"max_new_tokens": -1}, "max_new_tokens"),
         ({"max_new_tokens": 1.5}, "max_new_tokens"),
         ({"temperature": -0.5}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"ids": [[1, 2], [3]]}, "ids"),
+        ({"ids": [1.5]}, "ids"),
+        ({"ids": torch.ones(2, 3, dtype=torch.int64)}, "ids"),
+        ({"max_new_tokens": True}, "max_new_tokens"),
         ({"top_p": 1.5}, "top_p"),
     ],
 )
@@ -274,7 +350,7 @@ def test_an_unfinished_run_speaks_from_its_newest_checkpoint(finished, tmp_path)
     source = sorted((finished / "checkpoints").iterdir())[-1]
     for step in ("step-00000002", "step-00000010"):
         (tmp_path / "checkpoints" / step).symlink_to(source)
-    assert model_folder(tmp_path).name == "step-00000010"
+    assert model_folders(tmp_path)[0].name == "step-00000010"
 
 
 def test_loading_nothing_says_so(tmp_path):
@@ -303,8 +379,8 @@ def test_settle_puts_options_over_the_base(tmp_path):
 
 
 def test_layers_are_a_number_or_rows():
-    assert parse_layers("6") == {"num_hidden_layers": 6, "layers": None}
-    assert parse_layers("gla, mamba2") == {"layers": ["gla", "mamba2"], "num_hidden_layers": 2}
+    assert parse.layers("6") == {"num_hidden_layers": 6, "layers": None}
+    assert parse.layers("gla, mamba2") == {"layers": ["gla", "mamba2"], "num_hidden_layers": 2}
 
 
 @pytest.mark.parametrize(
@@ -317,13 +393,13 @@ def test_layers_are_a_number_or_rows():
     ],
 )
 def test_settings_are_json_or_text(text, expected):
-    assert parse_setting(text) == expected
+    assert parse.setting(text) == expected
 
 
 @pytest.mark.parametrize("text", ["a", "=1", ""])
 def test_settings_without_a_name_or_value_are_refused(text):
     with pytest.raises(ValueError, match="expected name=value"):
-        parse_setting(text)
+        parse.setting(text)
 
 
 def test_help_states_the_defaults_that_hold():
@@ -372,7 +448,7 @@ def test_errors_are_one_line(finished, text, tmp_path, subquad):
         "holds no text": ("train", tmp_path / "b", "--data", tmp_path / "empty.txt"),
         "name the run directory": ("train", "--resume"),
         "keeps its own settings": ("train", finished, "--resume", "--config", finished),
-        "lr was 0.003, now 1.0": ("train", finished, "--resume", "--lr", 1),
+        "seed was 0, now 1": ("train", finished, "--resume", "--seed", 1),
         "does not exist; expected a run": ("generate", tmp_path / "nowhere"),
         "temperature: got -1.0": ("generate", finished, "--temperature", -1),
         "device: got 'abacus'": ("generate", finished, "--device", "abacus"),
@@ -419,6 +495,28 @@ def test_help_needs_no_torch():
     assert result.stdout.endswith("[]\n") and "subquad train runs/gla" in result.stdout
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_saves_and_is_the_exit_status(name, text, tmp_path, subquad, monkeypatch):
+    import subquad.train.session as session
+
+    if not hasattr(signal, name):
+        pytest.skip("this system has no such signal")
+    step = session.Session.train_step
+
+    def step_and_signal(self):
+        step(self)
+        if self.step == 2:
+            signal.raise_signal(getattr(signal, name))
+
+    monkeypatch.setattr(session.Session, "train_step", step_and_signal)
+    sizes = ("--hidden-size", 16, "--layers", 1, "--seq-len", 16, "--steps", 9, "--data", text)
+    status, _, said = subquad("train", tmp_path / "a b", *sizes)
+    assert status == 128 + getattr(signal, name)
+    assert "stopped and saved after step 2" in said
+    assert os.name == "nt" or f"subquad train '{tmp_path}/a b' --resume\n" in said
+    assert [p.name for p in (tmp_path / "a b" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
 def test_ctrl_c_saves_and_resume_goes_on(text, tmp_path, subquad):
     run = tmp_path / "run"
     sizes = ("--hidden-size", 16, "--layers", 1, "--mixer", "gla", "--seq-len", 32)
@@ -433,7 +531,7 @@ def test_ctrl_c_saves_and_resume_goes_on(text, tmp_path, subquad):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 0
+    assert process.returncode == 130
     (saved,) = (run / "checkpoints").iterdir()
     step = int(saved.name.removeprefix("step-"))
     assert 3 <= step < 400 and f"stopped and saved after step {step}" in said

@@ -80,6 +80,8 @@ def test_files_of_numbers(hippo, tmp_path):
     [
         (["nope"], "signal: got 'nope'"),
         (["nope.csv"], "No such file"),
+        (["/dev/zero"], "signal: got '/dev/zero'; expected a file of numbers"),
+        (["."], "signal: got '.'; expected a file of numbers"),
         (["--measure", "lagt"], "measure: "),
         (["--method", "rk4"], "method: "),
         (["--size", 0], "size: got 0"),

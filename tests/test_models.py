@@ -60,7 +60,8 @@ def test_missing_weights_are_drawn_and_loaded_ones_kept(layers, tmp_path) -> Non
     for dropped in [name for name in weights if ".layers.0.mixer." in name]:
         rest = {name: tensor for name, tensor in weights.items() if name != dropped}
         save_file(rest, path, metadata={"format": "pt"})
-        loaded = SubquadForCausalLM.from_pretrained(tmp_path).state_dict()
+        loose = SubquadForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+        loaded = loose.state_dict()
         for name, tensor in rest.items():
             assert torch.equal(loaded[name], tensor), f"{name}, when {dropped} was missing"
         assert loaded[dropped].isfinite().all()

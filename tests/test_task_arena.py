@@ -3,6 +3,9 @@
 import html
 import json
 import math
+import os
+import re
+import shutil
 import tracemalloc
 import weakref
 from dataclasses import fields, replace
@@ -15,12 +18,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from subquad import tasks
-from subquad.arena import ArenaConfig
+from subquad.arena import ArenaConfig, run_arena
+from subquad.arena.drawing import short
 from subquad.arena.entrants import Entrant, split_rows
 from subquad.arena.scaling.report import scaling_table, write_scaling
 from subquad.arena.scaling.results import QUANTITIES, ScalingConfig, fit_exponent
 from subquad.arena.scaling.run import kept_for_backward, run_scaling
-from subquad.arena.task.plots import short
+from subquad.arena.task.example import example
 from subquad.arena.task.report import (
     findings,
     render_task_html,
@@ -142,8 +146,7 @@ def test_long_sequences_are_scored_in_the_memory_of_short_ones():
 
 @pytest.mark.slow
 def test_a_million_tokens_leave_the_process_as_small_as_it_was():
-    import resource
-
+    resource = pytest.importorskip("resource")
     task = tasks.get("induction_heads")
     model = model_of(task, "mamba2")
     score(model, task, [task.replace(length=1 << 14).sample(1)])
@@ -219,14 +222,14 @@ def test_weights_that_are_no_numbers_are_not_tested(monkeypatch, tmp_path):
 
 def test_a_step_that_failed_leaves_no_gradient_to_the_next():
     """As the capture of a step may, for want of memory: what it leaves was never computed."""
-    import subquad.train.task as module
+    import subquad.train.task.loop as module
 
     task, config = tasks.get("copying"), config_for()
     batch = task.sample(4)
     norms = []
     for fails in (False, True):
         torch.manual_seed(0)
-        run = module._Run(task, config, torch.device("cpu"), module._Clock(None), list)
+        run = module.TaskRun(task, config, torch.device("cpu"), module.Clock(None), list)
         if fails:
             step, run.optimizer.step = run.optimizer.step, lambda: 1 / 0
             with pytest.raises(ZeroDivisionError):
@@ -241,16 +244,16 @@ def test_a_captured_step_ends_with_the_training(monkeypatch):
     """Its graph has the memory of a step, which the next row is to have."""
     import gc
 
-    import subquad.train.task as module
+    import subquad.train.task.loop as module
 
-    graphs, real = [], module._Run.__init__
+    graphs, real = [], module.TaskRun.__init__
 
     def capture(run, *given):
         real(run, *given)
         run.update = partial(run._update)  # of a graph, too, a method of the run is a part
         graphs.append(weakref.ref(run.update))
 
-    monkeypatch.setattr(module._Run, "__init__", capture)
+    monkeypatch.setattr(module.TaskRun, "__init__", capture)
     gc.disable()
     try:
         train_task(tasks.get("copying"), config_for(2), sequences=4)
@@ -274,7 +277,7 @@ def test_the_callers_autocast_keeps_no_weights_as_they_were():
 def test_the_clock_ends_training_with_a_test_and_the_cosine_with_it(monkeypatch):
     from types import SimpleNamespace
 
-    import subquad.train.task as module
+    import subquad.train.task.run as module
 
     ticks = iter(range(1000))
     monkeypatch.setattr(
@@ -443,7 +446,7 @@ def test_a_stopped_arena_goes_on_with_the_row_it_was_at(tmp_path, monkeypatch):
 
     def stopped(task, config, **options):
         result = real(task, config, **options)
-        result.interrupted = "softmax" in config.model_keywords["mixer"]
+        result.stopped_by = 2 if "softmax" in config.model_keywords["mixer"] else None
         return result
 
     monkeypatch.setattr(run, "train_task", stopped)
@@ -452,6 +455,104 @@ def test_a_stopped_arena_goes_on_with_the_row_it_was_at(tmp_path, monkeypatch):
     assert "Not finished" in render_task_html(half)
     monkeypatch.setattr(run, "train_task", real)
     assert not run_task_arena(TaskArenaConfig(**SMALL), tmp_path / "a").missing
+
+
+def test_a_stopped_training_goes_on_bit_for_bit(tmp_path):
+    import signal
+
+    task, config = tasks.get("copying"), config_for(30, eval_every=6)
+    whole = train_task(task, config, sequences=8, until_solved=False)
+    events = []
+
+    def press(record):
+        events.append(record)
+        if record["kind"] == "test" and record["step"] in (6, 18):
+            signal.raise_signal(signal.SIGTERM if record["step"] == 6 else signal.SIGINT)
+
+    options = {"sequences": 8, "until_solved": False, "keep": tmp_path / "kept"}
+    first = train_task(task, config, on_event=press, **options)
+    assert first.step == 6 and first.stopped_by == signal.SIGTERM
+    second = train_task(task, config, on_event=press, **options)
+    assert second.step == 18 and second.stopped_by == signal.SIGINT
+    last = train_task(task, config, on_event=press, **options)
+    assert last.step == 30 and last.stopped_by is None
+    for a, b in zip(whole.model.parameters(), last.model.parameters()):
+        assert torch.equal(a, b)
+    untimed = [[{**r, "seconds": 0} for r in result.history] for result in (whole, last)]
+    assert untimed[0] == untimed[1] and last.seconds > second.seconds > first.seconds
+    said = [r["text"] for r in events if r["kind"] == "message"]
+    assert said == ["continuing after step 6", "continuing after step 18"]
+    again = train_task(task, config, **options)  # at its end, it is only read
+    assert again.step == 30 and again.history == last.history
+    with pytest.raises(ValueError, match="holds the training of another model or task"):
+        train_task(task, replace(config, lr=0.5), **options)
+
+
+def test_a_killed_row_goes_on_from_the_last_minute(tmp_path, monkeypatch):
+    """The kill comes at no signal: what is there was written before."""
+    import subquad.arena.task.run as run
+    import subquad.train.task.loop as module
+
+    monkeypatch.setattr(module, "_KEEP_EVERY", 0.0)
+    step = module.TaskRun.train_step
+
+    def die(self, question):
+        if self.config.model_keywords["mixer"] == "softmax_attention" and self.step == 9:
+            raise SystemError("killed")
+        step(self, question)
+
+    monkeypatch.setattr(module.TaskRun, "train_step", die)
+    with pytest.raises(SystemError):
+        run_task_arena(TaskArenaConfig(**SMALL), tmp_path / "a")
+    monkeypatch.setattr(module.TaskRun, "train_step", step)
+    steps = []
+    results = run_task_arena(
+        TaskArenaConfig(**SMALL), tmp_path / "a", lambda r: steps.append(r.get("step"))
+    )
+    assert min(s for s in steps if s is not None) == 9  # "continuing after step 9"
+    expected = run_task_arena(TaskArenaConfig(**SMALL))
+    for row, other in zip(results.rows, expected.rows):
+        assert row.losses == other.losses and row.values == other.values
+        assert row.loss_steps == other.loss_steps
+    assert not list((tmp_path / "a").glob("*/unfinished"))
+    monkeypatch.setattr(run, "train_task", None)
+    assert run_task_arena(TaskArenaConfig(**SMALL), tmp_path / "a").rows == results.rows
+
+
+def test_the_clock_of_a_training_that_goes_on_has_not_begun_anew(tmp_path):
+    import signal
+
+    task, config = tasks.get("copying"), config_for(10**6, eval_every=10**6)
+    options = {"sequences": 4, "keep": tmp_path / "kept"}
+
+    def press(record):
+        if record["kind"] == "train" and record["step"] == 100:
+            signal.raise_signal(signal.SIGINT)
+
+    first = train_task(task, config, seconds=1e-3, on_event=press, **options)
+    assert first.cut and first.step == 1  # out of time after a step
+    assert train_task(task, config, seconds=1e-3, **options).step == 1
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"shape": 3}', "[" * 10**5])
+def test_a_damaged_record_of_an_arena_is_one_clear_error(finished, tmp_path, content):
+    for name in ("plan.json", "gla/result.json"):
+        out = shutil.copytree(finished[1], tmp_path / name.replace("/", "-"))
+        (out / name).write_text(content)
+        with pytest.raises(ValueError, match=rf"{name} is damaged"):
+            run_task_arena(TaskArenaConfig(**SMALL), out)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are UTF-16 there")
+def test_a_place_that_is_not_utf8_is_refused_at_once(tmp_path):
+    place = tmp_path / os.fsdecode(b"arena\xff")
+    for run_it in (
+        lambda: run_task_arena(TaskArenaConfig(**SMALL), place),
+        lambda: run_arena(ArenaConfig(rows=("gla",), steps=1), place),
+    ):
+        with pytest.raises(ValueError, match=r"^out: got .*expected a path in UTF-8"):
+            run_it()
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_arena_stopped_while_testing_keeps_what_was_finished(tmp_path, monkeypatch):
@@ -488,7 +589,7 @@ def test_the_page_stands_alone_and_the_table_fits_a_terminal(finished, tmp_path)
     page = write_task_report(results, tmp_path).read_text()
     outline = Outline()
     outline.feed(page)
-    assert not outline.outside and outline.svgs == 4
+    assert not outline.outside and outline.svgs == 6
     assert "Gu and Dao 2023" in page and "not run" in page
     console = Console(width=80, record=True)
     console.print(task_table(results))
@@ -532,10 +633,53 @@ def test_a_guess_is_told_in_the_units_of_the_metric(tmp_path):
     assert "A uniform guess has 0." in render_task_html(results)
 
 
+def test_every_plot_shows_what_a_guess_would_have(finished):
+    page = render_task_html(finished[0])
+    drawings = re.findall(r"<svg .*?</svg>", page, re.S)
+    assert len(drawings) == 6 and all(">guessing</text>" in svg for svg in drawings)
+    labels = re.findall(r'aria-label="(.*?)"', page)
+    wanted = (
+        "steps",
+        "seconds of training",
+        "state of one sequence",
+        "positions in a test sequence",
+    )
+    assert {label.removeprefix("accuracy against ") for label in labels} == set(wanted)
+
+
+@pytest.mark.parametrize("name", list(tasks.TASKS))
+def test_the_page_shows_one_example_of_the_task(name):
+    if name == "digits":
+        pytest.importorskip("sklearn")
+    task = tasks.get(name)
+    shown = example(task)
+    assert 1 <= len(shown) <= 161 and shown[-1].due
+    batch = task.sample(1, split="test")
+    asked = batch.asked[0].nonzero()[:, 0].tolist()
+    if name == "mqar":
+        dues = [position.due for position in shown if position.due]
+        assert dues == [str(batch.labels[0, at].item()) for at in asked]
+    if name == "listops":  # an expression that anybody can check
+        text = " ".join(position.read for position in shown)
+        assert (
+            re.fullmatch(r"(\[(MIN|MAX|MED|SM) |[0-9] |\] )*\]", text) and shown[-1].due.isdigit()
+        )
+    if name == "stories":
+        assert set(re.findall("[a-z]+", " ".join(p.read for p in shown))) & {"anna", "attic", "key"}
+    if name == "hippo":
+        assert shown[0].read.startswith("(") and float(shown[-1].due) is not None
+
+
+def test_a_long_example_is_cut_in_the_middle():
+    task = tasks.get("induction_heads", length=500)
+    shown = example(task)
+    assert [p.read for p in shown].count("…") == 1 and len(shown) == 161 and shown[-1].due
+
+
 def test_long_labels_are_cut_in_the_middle():
     assert short("softmax_attention") == "softmax_attention"
     cut = short("mamba2:head_dim=32:state_size=16")
-    assert cut == "mamba2:he…te_size=16" and len(cut) == 20
+    assert cut == "mamba2:head…tate_size=16" and len(cut) == 24
 
 
 def test_the_command_line_of_a_report_asks_the_same_again():
@@ -608,6 +752,12 @@ def test_scaling_finds_what_is_exact_and_reports_it(tmp_path):
     outline = Outline()
     outline.feed(page)
     assert not outline.outside and outline.svgs == 6
+    for svg in re.findall(
+        r"<svg .*?</svg>", page, re.S
+    ):  # guides of slope 1 and 2, both axes named
+        y, x = re.search(r'aria-label="(.*?)"', svg)[1].split(" against ")
+        assert x in ("tokens T", "width d") and f">{x}<" in svg and f">{y}<" in svg
+    assert page.count(">T²</text>") == 4 and page.count(">d²</text>") == 2
     console = Console(width=80, record=True)
     console.print(scaling_table(json.loads((tmp_path / "scaling.json").read_text()), "T"))
     text = console.export_text()
@@ -694,7 +844,7 @@ def test_the_command_trains_and_reports(tmp_path):
         ("--list-tasks --rows gla", "--rows: does not go with --list-tasks"),
         ("--list-tasks --scaling", "--scaling: does not go with --list-tasks"),
         ("--scaling --task mqar", "--task: does not go with --scaling"),
-        ("--scaling --set colour=1", "--set colour: got no such field"),
+        ("--scaling --set colour=1", "--set: got 'colour'; expected one of rows, tokens"),
         ("--scaling --set tokens=512", "tokens: got [512]; expected three numbers"),
         ("--scaling --set seconds=long", "seconds: got 'long'; expected a number above 0"),
     ],

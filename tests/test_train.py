@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import os
+import shutil
 import signal
 from itertools import pairwise
 
@@ -10,11 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from subquad import files
 from subquad.mixers import MIXERS
 from subquad.train import CheckpointError, TrainConfig, TrainingError, load_corpus, train
+from subquad.train.metrics import read_metrics
 from subquad.train.optimizer import learning_rate, make_optimizer
 from subquad.train.rng import rng_state, set_rng_state
-from subquad.train.run import RunDirectory, read_metrics
+from subquad.train.run import RunDirectory
 
 GLA = {"mixer": "gla", "hidden_size": 16, "num_hidden_layers": 1}
 HYBRID = {"layers": ["mamba2", "softmax_attention", "gated_deltanet"], "hidden_size": 32}
@@ -281,9 +285,27 @@ def test_metrics_torn_by_a_kill_are_mended_and_damaged_ones_named(config, tmp_pa
     assert len(read_metrics(metrics)) == whole.count(b"\n")
     train(config, tmp_path / "run", resume=True)
     assert [r["step"] for r in read_metrics(metrics)] == [1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 8]
-    metrics.write_bytes(b"\x00" + metrics.read_bytes())
-    with pytest.raises(ValueError, match="line 1 is damaged"):
-        train(config, tmp_path / "run", resume=True)
+    for damage in (
+        b"\x00",
+        b"3\n",
+        b"{}\n",
+        b'{"kind": "train", "step": 1}\n',
+        b"[" * 10**5 + b"\n",
+    ):
+        metrics.write_bytes(damage + whole)
+        with pytest.raises(ValueError, match=r"line 1 is damaged: .* Fix: delete the file"):
+            train(config, tmp_path / "run", resume=True)
+
+
+def test_lost_metrics_are_reported(config, tmp_path):
+    train(config, tmp_path / "run", on_event=interrupt_after(5))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:2]))
+    events = []
+    result = train(config, tmp_path / "run", resume=True, on_event=events.append)
+    said = [e["text"] for e in events if e["kind"] == "message"]
+    assert said[0] == "metrics.jsonl has lost 3 records, of steps 3 to 5"
+    assert len(result.losses) == 5 and result.step == 8
 
 
 def test_random_state_goes_there_and_back():
@@ -331,8 +353,8 @@ def test_an_existing_run_is_neither_overwritten_nor_contradicted(config, text, t
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     with pytest.raises(ValueError, match="--resume continues it"):
         train(config, tmp_path / "run")
-    with pytest.raises(ValueError, match=r"other settings: lr was 0\.003, now 0\.5"):
-        train(dataclasses.replace(config, lr=0.5), tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match=r"other settings: seed was 0, now 5"):
+        train(dataclasses.replace(config, seed=5), tmp_path / "run", resume=True)
     other = tmp_path / "other.txt"
     other.write_text(text.read_text().replace("square", "SQUARE"))
     text_before = text.read_text()
@@ -352,6 +374,129 @@ def test_two_processes_cannot_train_in_one_directory(config, tmp_path):
     ):
         train(config, tmp_path / "run", resume=True)
     train(config, tmp_path / "run", resume=True)  # never began: starts at the beginning
+
+
+def test_the_schedule_may_change_on_resume_and_that_is_said_and_recorded(config, tmp_path):
+    train(config, tmp_path / "run", on_event=interrupt_after(4))
+    slower = dataclasses.replace(config, lr=1e-3, weight_decay=0.0)
+    events = []
+    for stopped_at in (5, None):  # before there is a checkpoint with the new rate, and to the end
+        stop = interrupt_after(stopped_at) if stopped_at else lambda record: None
+
+        def listen(record, stop=stop):
+            events.append(record)
+            stop(record)
+
+        result = train(slower, tmp_path / "run", resume=True, on_event=listen)
+    said = [e["text"] for e in events if e["kind"] == "message"]
+    assert "lr was 0.003, from here on 0.001" in said
+    assert "weight_decay was 0.1, from here on 0.0" in said
+    assert sum("from here on" in text for text in said) == 2  # the next checkpoint knows it
+    changes = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if r["kind"] == "change"]
+    settings = {"lr": [0.003, 0.001], "weight_decay": [0.1, 0.0]}
+    assert changes == [{"kind": "change", "step": 4, "settings": settings}]
+    rates = {r["step"]: r["lr"] for r in result.history if r["kind"] == "train"}
+    assert rates[4] == learning_rate(3, config) and rates[6] == learning_rate(5, slower)
+
+
+def test_a_diverged_run_goes_on_at_a_smaller_rate(config, tmp_path):
+    wild = dataclasses.replace(config, lr=1e30, warmup_steps=2, grad_clip=0.0, checkpoint_every=1)
+    with pytest.raises(TrainingError, match="also when resuming"):
+        train(wild, tmp_path / "run")
+    tame = dataclasses.replace(wild, lr=1e-3, grad_clip=1.0)
+    if not list((tmp_path / "run" / "checkpoints").glob("step-*")):
+        assert train(tame, tmp_path / "run", resume=True).step == 8
+    else:  # the weights have had a step of that size
+        with pytest.raises(TrainingError):
+            train(tame, tmp_path / "run", resume=True)
+
+
+def test_an_edited_config_is_not_believed_and_a_foreign_checkpoint_refused(config, tmp_path):
+    """What a checkpoint was trained with, it knows itself."""
+    for name in ("run", "other"):
+        train(config, tmp_path / name, on_event=interrupt_after(4))
+    file = tmp_path / "run" / "config.json"
+    record = json.loads(file.read_text())
+    for field, value in (("seed", 7), ("batch_size", 2)):
+        file.write_text(json.dumps(record | {"train": record["train"] | {field: value}}))
+        with pytest.raises(ValueError, match=rf"resume: .*step-00000004 began .* {field} was"):
+            train(TrainConfig.load(tmp_path / "run"), tmp_path / "run", resume=True)
+    file.write_text(json.dumps(record | {"train": record["train"] | {"lr": 0.5}}))
+    said = []
+    train(
+        TrainConfig.load(tmp_path / "run"), tmp_path / "run", resume=True,
+        on_event=lambda r: said.append(r.get("text")),
+    )  # fmt: skip
+    assert "lr was 0.003, from here on 0.5" in said
+    file.write_text(json.dumps(record))
+    ours, theirs = (tmp_path / n / "checkpoints" / "step-00000004" for n in ("run", "other"))
+    for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
+        shutil.rmtree(checkpoint)
+    shutil.copytree(theirs, ours)
+    with pytest.raises(ValueError, match=r"resume: .*step-00000004 is a checkpoint of another run"):
+        train(config, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("what", ["removed", "renamed", "replaced"])
+def test_a_directory_that_goes_away_ends_the_training_and_is_not_made_anew(config, tmp_path, what):
+    run, moved = tmp_path / "run", tmp_path / "moved"
+
+    def vanish(record):
+        if record["kind"] == "train" and record["step"] == 4:
+            shutil.rmtree(run) if what == "removed" else run.rename(moved)
+            if what == "replaced":
+                RunDirectory.create(run).__exit__()
+
+    with pytest.raises(CheckpointError, match=r"was removed or renamed while it was in training"):
+        train(config, run, on_event=vanish)
+    assert run.exists() == (what == "replaced")
+    if what != "removed":  # where it went it can be resumed
+        assert train(config, moved, resume=True).step == 8
+
+
+@pytest.mark.parametrize("damage", ["a directory", "a dangling link", "unreadable", "a file"])
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(config, tmp_path, damage, monkeypatch):
+    expected = train(config, tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step-00000008"
+    file = newest / "optimizer.safetensors"
+    if damage == "a file":
+        shutil.rmtree(newest)
+        newest.write_text("no folder")
+    elif damage == "unreadable":
+        real = files._sum
+
+        def refuse(path):
+            if path == file:
+                raise OSError(5, "Input/output error")
+            return real(path)
+
+        monkeypatch.setattr(files, "_sum", refuse)
+    else:
+        file.unlink()
+        file.mkdir() if damage == "a directory" else file.symlink_to(tmp_path / "nowhere")
+    (tmp_path / "run" / "checkpoints" / ".unfinished-9").write_text("stray")
+    (tmp_path / "run" / ".model-unfinished").write_text("stray")
+    said = []
+    result = train(
+        config, tmp_path / "run", resume=True, on_event=lambda r: said.append(r.get("text") or "")
+    )
+    assert "step-00000008" in said[0] and "resuming after step 6" in said
+    assert_same_weights(result.model, expected.model)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are UTF-16 there")
+def test_a_path_that_is_not_utf8_is_refused_before_anything_is_trained(config, tmp_path):
+    place = tmp_path / os.fsdecode(b"run\xff")
+    with pytest.raises(ValueError, match=r"^run_dir: got .*expected a path in UTF-8"):
+        train(config, place)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_inside_its_own_data_can_be_resumed(config, text, tmp_path):
+    (tmp_path / "text.txt").write_text(text.read_text())
+    inside = dataclasses.replace(config, data=str(tmp_path))
+    train(inside, tmp_path / "runs" / "gla", on_event=interrupt_after(4))
+    assert train(inside, tmp_path / "runs" / "gla", resume=True).step == 8
 
 
 def test_resume_needs_a_run(config, tmp_path):
@@ -376,7 +521,7 @@ def test_a_full_disk_is_one_clear_error_and_costs_no_checkpoint(config, tmp_path
 
     def fill_disk(record):
         if record["kind"] == "checkpoint":
-            monkeypatch.setattr("subquad.train.session.save_model_folder", full)
+            monkeypatch.setattr("subquad.train.session.write_model", full)
 
     with pytest.raises(CheckpointError, match=r"No space left.*step-00000003"):
         train(config, tmp_path / "run", on_event=fill_disk)
@@ -393,6 +538,8 @@ def test_a_full_disk_is_one_clear_error_and_costs_no_checkpoint(config, tmp_path
         ("seq_len", 2.5),
         ("lr", 0.0),
         ("lr", math.nan),
+        ("lr", 1e38),
+        ("weight_decay", 1e300),
         ("min_lr_ratio", 2.0),
         ("warmup_steps", -1),
         ("weight_decay", -0.1),
@@ -434,6 +581,7 @@ def test_config_goes_to_json_and_back(config, tmp_path):
         TrainConfig.from_json({"stpes": 3})
     with pytest.raises(ValueError, match="no training run"):
         TrainConfig.load(tmp_path)
-    (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(ValueError, match="not a training config"):
-        TrainConfig.load(tmp_path)
+    for content in ("[1]", "{", '{"train": 3}', '{"steps": [[' + "[" * 10**5):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match="not a training config"):
+            TrainConfig.load(tmp_path)

@@ -64,7 +64,7 @@ def test_it_holds_every_file_of_the_library(wheel: Path) -> None:
         for pattern in ("*.py", "*.jinja", "py.typed")
         for path in (source / "subquad").rglob(pattern)
     }
-    assert "subquad/py.typed" in wanted and "subquad/arena/report.html.jinja" in wanted
+    assert "subquad/py.typed" in wanted and "subquad/arena/text/report.html.jinja" in wanted
     assert held == wanted
 
 

@@ -1,55 +1,63 @@
-"""Our model class is known to transformers as soon as anybody there could ask for it.
+"""transformers' Auto classes know our models once subquad is imported, at no cost before that.
 
-`AutoModelForCausalLM.from_pretrained` looks a folder's model_type up in tables that are filled by
-`subquad.models`. To import that with `import subquad` would cost seconds that most never need, so
-it waits until transformers' own tables are imported.
+Importing `subquad.models` registers them as transformers' documentation asks for, but it loads
+transformers. So only a promise is left in its table of configs: whoever looks up the model type
+imports `subquad.models`, and what happens then is the ordinary registration. Nothing is imported
+while transformers itself is being imported, in the middle of which our models could not be.
 """
 
-from __future__ import annotations
-
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
+from typing import Any
 
-_TABLES = "transformers.models.auto.configuration_auto"  # the first of them to be imported
+_TABLE = "transformers.models.auto.configuration_auto"
+_TYPE, _CLASS = "subquad", "SubquadConfig"
 
 
-class _Finder(MetaPathFinder):
-    """Finds nothing itself; sees that the tables are imported."""
+class _Promise:
+    """What transformers takes for the module of our config."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module("subquad.models"), name)
+
+
+def promise(table: ModuleType) -> None:
+    """Enter our config in transformers' table of those that it imports when they are asked for."""
+    mapping = getattr(table, "CONFIG_MAPPING", None)
+    names, modules = getattr(mapping, "_mapping", None), getattr(mapping, "_modules", None)
+    if isinstance(names, dict) and isinstance(modules, dict):  # else `import subquad.models` does
+        names.setdefault(_TYPE, _CLASS)
+        modules.setdefault(_TYPE, _Promise())
+
+
+class _WhenImported(MetaPathFinder):
+    """Leaves the promise when the table is imported."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != _TABLES:
+        if name != _TABLE:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        spec = PathFinder.find_spec(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader)
+            run = spec.loader.exec_module
+
+            def run_and_promise(module: ModuleType) -> None:
+                run(module)
+                promise(module)
+
+            spec.loader.exec_module = run_and_promise  # type: ignore[method-assign]
         return spec
 
 
-class _Loader(Loader):
-    """Loads a module as its own loader does, then registers our class."""
-
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self._loader.exec_module(module)
-        importlib.import_module("subquad.models")
-
-
 def register_when_asked() -> None:
-    """Now, if transformers' tables are there already; else with them."""
-    if _TABLES in sys.modules:
-        importlib.import_module("subquad.models")
-    else:
-        sys.meta_path.insert(0, _Finder())
+    """Now, if the table is there; else when it is imported."""
+    if _TABLE in sys.modules:
+        promise(sys.modules[_TABLE])
+    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WhenImported())

@@ -9,8 +9,9 @@ From Python:
 """
 
 from subquad.arena.equalise import equal_shape
+from subquad.arena.records import Shape
 from subquad.arena.text.report import render_html, terminal_table, write_report
-from subquad.arena.text.results import ArenaConfig, ArenaResults, RowResult, Shape
+from subquad.arena.text.results import ArenaConfig, ArenaResults, RowResult
 from subquad.arena.text.run import run_arena
 
 __all__ = [

@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from subquad.errors import choose, fail
+from subquad.errors import fail, pick
 from subquad.mixers import MIXERS
 from subquad.models.config import check_mixer_option
 
 
 @dataclass(frozen=True)
 class Entrant:
-    """`label` is what was written, without blanks around its parts:
+    """`label` is the row and what was written after it, without blanks around the parts:
     `deltanet:allow_negative_eigenvalues` or just `deltanet`."""
 
     label: str
@@ -23,13 +23,14 @@ class Entrant:
     @classmethod
     def parse(cls, text: str) -> "Entrant":
         """`row`, or `row:option=value:option`, the values as JSON; an option alone is true.
+        The row may be written in any case.
 
         Commas and colons inside of a value's quotes or brackets belong to it: `row:name=[1,2]`.
 
         Raises ValueError: an unknown row or option, or no value that the option takes.
         """
         row, *parts = _split(text, ":") or [""]
-        choose("rows", row, tuple(MIXERS))
+        row = pick("rows", row, MIXERS)
         label, options = row, {}
         for part in parts:
             name, equals, value = map(str.strip, part.partition("="))

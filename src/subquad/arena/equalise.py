@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from subquad.arena.text.results import Shape
+from subquad.arena.records import Shape
+from subquad.errors import choose
 from subquad.mixers import MIXERS
 from subquad.models import SubquadConfig, SubquadForCausalLM
 
@@ -68,8 +69,7 @@ def equal_shape(
     Raises:
         ValueError: the row is unknown, or no shape comes near enough.
     """
-    if row not in MIXERS:
-        raise ValueError(f"rows: there is no row {row!r}; expected some of {', '.join(MIXERS)}")
+    choose("rows", row, tuple(MIXERS))
     tolerance = TOLERANCE if layers is None else GIVEN_DEPTH_TOLERANCE
     search = _Search(row, parameters, vocab_size, layers, dict(options or {}), tolerance)
     found: list[tuple[float, Shape]] = []

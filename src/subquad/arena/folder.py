@@ -1,9 +1,8 @@
 """An arena's directory: begun once, continued only by the same question on the same machine."""
 
-import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,42 @@ import torch
 import transformers
 
 from subquad import __version__
+from subquad.files import Damaged, check_path, read_json
 from subquad.models.device import pick_device
 
 
-def begun(out: Path) -> dict[str, Any] | None:
-    """What plan.json of an earlier call says, or None; ValueError if `out` holds something else."""
-    file = out / "plan.json"
-    if file.exists():
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        return record
+class Stopped(KeyboardInterrupt):
+    """A signal came while a row was in training, which has been saved."""
+
+    def __init__(self, number: int | None) -> None:
+        super().__init__()
+        self.signal = number
+
+
+def is_begun(out: Path) -> bool:
+    """Whether an earlier call has left its plan; ValueError if `out` holds something else."""
+    check_path("out", out)
+    if (out / "plan.json").exists():
+        return True
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"out: {out} is not empty and no arena; give another directory")
-    return None
+    return False
+
+
+def read_back(file: Path, read: Callable[[dict[str, Any]], Any]) -> Any:
+    """What `read` makes of a record that an earlier call has written; None if there is none.
+
+    ValueError, naming the file, if it is not what was written.
+    """
+    if not file.exists():
+        return None
+    try:
+        return read(read_json(file, most=1 << 30))
+    except (KeyError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise Damaged(
+            f"{file} is damaged: {what}; without it, what it is about runs again"
+        ) from None
 
 
 def refuse_changes(
@@ -71,7 +94,7 @@ def describe_machine(device_name: str) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The CPU's name; Linux tells it in a file only."""
+    """The CPU's name, which on Linux is in a file only."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)

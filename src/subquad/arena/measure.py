@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from subquad.arena.text.results import DecodeTiming
+from subquad.arena.records import DecodeTiming
 from subquad.models import SubquadCache, SubquadForCausalLM
 from subquad.train import TrainConfig, autocast_dtype, token_losses
 from subquad.train.data import Tokens, heldout_starts
@@ -51,7 +51,7 @@ def decode_timings(
 ) -> list[DecodeTiming]:
     """Time single-token steps of one sequence at each context length.
 
-    The cache is filled once, in chunks, and goes on from context to context: the tokens decoded
+    The cache is filled once, in chunks, and continues from context to context: the tokens decoded
     while timing one context are part of the next. The cache is weighed when it holds `context`
     tokens exactly; the steps timed then read between `context` and `context` + 45 tokens.
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from subquad.cli.complete import complete_rows
+
 TEXT, TASK = "On text", "On a task"
 
 
@@ -16,7 +18,8 @@ def arena(
         typer.Option(
             help="Rows, with commas between, also with options of the mixer: "
             "deltanet:allow_negative_eigenvalues, mamba2:state_size=16.",
-            show_default="softmax_attention,mamba,mamba2,gla,gated_deltanet",
+            show_default="softmax_attention, mamba, mamba2, gla, gated_deltanet",
+            autocompletion=complete_rows,
         ),
     ] = None,
     parameters: Annotated[
@@ -34,7 +37,7 @@ def arena(
         typer.Option(
             help="Peak learning rate of every row. Of several (1e-3,3e-3; on text) each row is "
             "trained at each and shown at its best.",
-            show_default="0.002; the task's",
+            show_default="each row's own; the task's",
             metavar="<float,...>",
         ),
     ] = None,
@@ -86,7 +89,7 @@ def arena(
         bool,
         typer.Option(
             "--list-tasks",
-            help="Tell what each task measures; with --task, what can be set of that one.",
+            help="What each task measures; with --task, what can be set of that one.",
             rich_help_panel=TASK,
         ),
     ] = False,
@@ -107,7 +110,7 @@ def arena(
 
     Every row gets the same number of parameters, the same batches and the same steps. A table, a
     sample of each and a report in HTML come out. Ctrl-C keeps the rows that are finished; the same
-    command goes on from there.
+    command continues from there.
 
     [cyan]subquad arena[/cyan]
 
@@ -123,12 +126,8 @@ def arena(
     # this small up to a hundred times slower, and a comparison false. Set before torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-    from subquad.cli.arena_body import (
-        arena_command,
-        list_tasks_command,
-        scaling_command,
-        task_command,
-    )
+    from subquad.cli.arena_body import arena_command, scaling_command, task_command
+    from subquad.cli.tasks_body import list_tasks_command
 
     common: dict[str, object] = {
         "rows": rows,

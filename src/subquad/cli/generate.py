@@ -1,12 +1,13 @@
 """`subquad generate`: its arguments."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A run directory or a Hugging Face model folder.")],
+    model: Annotated[Path, typer.Argument(help="A run directory or a Hugging Face model folder.")],
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = "",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 256,
     temperature: Annotated[
@@ -22,8 +23,8 @@ def generate(
 ) -> None:
     """Continue a prompt, printing as it goes.
 
-    With linear-time rows, memory stays the same however long the text gets. A run that is still
-    training speaks from its newest checkpoint.
+    With linear-time rows, memory stays the same however long the text gets. Of a run that is still
+    training, the newest checkpoint is read.
 
     [cyan]subquad generate runs/gla --prompt "import "[/cyan]
 

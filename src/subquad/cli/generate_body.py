@@ -1,16 +1,19 @@
 """What `subquad generate` does with its arguments."""
 
 import sys
+from pathlib import Path
 
 from transformers.utils import logging
 
+from subquad.cli.compiling import note_compiling
+from subquad.cli.terminal import printable, say, sidelines
 from subquad.errors import fail
 from subquad.generate.decode import stream
 from subquad.generate.load import load
 
 
 def generate_command(
-    path: str,
+    path: Path,
     prompt: str,
     *,
     max_new_tokens: int,
@@ -23,7 +26,8 @@ def generate_command(
     if seed is not None and not 0 <= seed < 2**63:
         raise fail("--seed", seed, "a number from 0 to 2**63 - 1", "take a smaller one")
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    model, tokenizer = load(path, device=device)
+    notes = sidelines()
+    model, tokenizer = load(path, device=device, say=lambda text: say(notes, text))
     pieces = stream(
         model,
         tokenizer,
@@ -35,14 +39,17 @@ def generate_command(
     )
     try:
         _write(prompt)
-        for piece in pieces:
-            _write(piece)
+        with note_compiling():
+            for piece in pieces:
+                _write(piece)
         _write("\n")
     except KeyboardInterrupt:
-        _write("\n")  # enough is enough; what was said stays said
+        _write("\n")  # enough is enough; what was generated stays
 
 
 def _write(text: str) -> None:
+    if sys.stdout.isatty():
+        text = printable(text)
     # Whatever the terminal's encoding, a byte model will sooner or later say something outside it.
     sys.stdout.buffer.write(text.encode(sys.stdout.encoding or "utf-8", "replace"))
     sys.stdout.buffer.flush()

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from subquad.cli.complete import complete_row
+
 
 def table(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
@@ -19,7 +21,10 @@ def table(
 
 
 def explain(
-    row: Annotated[str, typer.Argument(help="A row of the table: subquad table.")],
+    row: Annotated[
+        str,
+        typer.Argument(help="A row of the table: subquad table.", autocompletion=complete_row),
+    ],
     hidden_size: Annotated[int, typer.Option(help="Width of the layer that is tried.")] = 512,
     tokens: Annotated[int, typer.Option(help="Tokens given at once.")] = 1024,
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
@@ -69,7 +74,7 @@ def hippo(
 
     [cyan]subquad hippo prices.csv --column close --method bilinear --out prices.png[/cyan]
     """
-    from subquad.cli.hippo_body import hippo_command
+    from subquad.cli.hippo.body import hippo_command
 
     hippo_command(
         signal,

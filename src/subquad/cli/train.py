@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from subquad.cli.complete import complete_row, complete_rows
+
 MODEL, DATA, TRAINING = "The model", "The text", "The training"
 
 
@@ -21,12 +23,20 @@ def train(
         Path | None,
         typer.Option(help="Begin with the settings of another run: its directory or config.json."),
     ] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Begin with the weights of another run or model folder, and so with its model.",
+        ),
+    ] = None,
     mixer: Annotated[
         str | None,
         typer.Option(
             help="Row of the table for every layer.",
             show_default="gated_deltanet",
             rich_help_panel=MODEL,
+            autocompletion=complete_row,
         ),
     ] = None,
     layers: Annotated[
@@ -35,6 +45,7 @@ def train(
             help="How many layers, or the row of each: mamba2,mamba2,softmax_attention.",
             show_default="4",
             rich_help_panel=MODEL,
+            autocompletion=complete_rows,
         ),
     ] = None,
     hidden_size: Annotated[
@@ -120,7 +131,7 @@ def train(
 ) -> None:
     """Train a language model on real text.
 
-    Ctrl-C saves and stops; [cyan]--resume[/cyan] goes on from there, bit for bit on the CPU.
+    Ctrl-C saves and stops; [cyan]--resume[/cyan] continues from there, bit for bit on the CPU.
     RUN_DIR gets config.json, metrics.jsonl (a line a step), checkpoints/ and, at the end, model/:
     a Hugging Face folder.
 
@@ -129,6 +140,8 @@ def train(
     [cyan]subquad train runs/hybrid --layers mamba2,mamba2,softmax_attention --data ~/texts[/cyan]
 
     [cyan]subquad train runs/gla --resume --steps 2000[/cyan]
+
+    [cyan]subquad train runs/tuned --from runs/gla --data notes.txt --lr 3e-4[/cyan]
     """
     from subquad.cli.train_body import train_command
 
@@ -146,11 +159,13 @@ def train(
         "checkpoint_every": checkpoint_every,
     }
     model = {"mixer": mixer, "layers": layers, "hidden_size": hidden_size}
-    train_command(
+    status = train_command(
         run_dir,
         given={name: value for name, value in given.items() if value is not None},
         model={name: value for name, value in model.items() if value is not None},
         settings=setting or [],
         base=config,
+        start=start,
         resume=resume,
     )
+    raise typer.Exit(status)

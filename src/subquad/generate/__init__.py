@@ -7,8 +7,9 @@ for piece in stream(model, tokenizer, "def fibonacci(", max_new_tokens=200, seed
     print(piece, end="", flush=True)
 """
 
-from subquad.generate.decode import TextPieces, generate_batch, generate_tokens, stream
+from subquad.generate.decode import generate_batch, generate_tokens, stream
 from subquad.generate.load import load
 from subquad.generate.sample import draw
+from subquad.generate.text import TextPieces
 
 __all__ = ["TextPieces", "draw", "generate_batch", "generate_tokens", "load", "stream"]

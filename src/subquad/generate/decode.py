@@ -1,18 +1,20 @@
 """The decode loop: prefill in pieces, then one token at a time, text as soon as it is whole."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from subquad.errors import fail
+from subquad.errors import fail, is_whole
 from subquad.generate.sample import draw
+from subquad.generate.text import TextPieces, texts
 from subquad.models import SubquadForCausalLM
 
 _PREFILL = 2048  # tokens of the prompt per pass: bounds the memory that a long prompt takes
-_PATIENCE = 8  # tokens to wait for the rest of a character
-_UNFINISHED = 3  # bytes, so at most as many tokens, of a character that is not whole yet
 
 
 def stream(
@@ -24,13 +26,16 @@ def stream(
     temperature: float = 0.8,
     top_p: float = 0.95,
     seed: int | None = None,
+    past_key_values: Any = None,
 ) -> Iterator[str]:
     """Yield the continuation of `prompt` piece by piece; the pieces joined are the whole text.
 
     Stops at `max_new_tokens` or at the tokenizer's end of text. Characters that several tokens
     make up come out whole; bytes that are no UTF-8 as U+FFFD. See `generate_tokens` for the rest.
     """
-    ids = tokenizer.encode(prompt, add_special_tokens=False) or _first_id(tokenizer)
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    if not ids and past_key_values is None:
+        ids = _first_id(tokenizer)
     end = tokenizer.eos_token_id
     tokens = generate_tokens(
         model,
@@ -40,8 +45,9 @@ def stream(
         top_p=top_p,
         seed=seed,
         stop_ids=() if end is None else (end,),
+        past_key_values=past_key_values,
     )
-    yield from _texts(tokens, TextPieces(tokenizer))
+    return texts(tokens, TextPieces(tokenizer))
 
 
 def generate_tokens(
@@ -53,23 +59,32 @@ def generate_tokens(
     top_p: float = 0.95,
     seed: int | None = None,
     stop_ids: Sequence[int] = (),
+    past_key_values: Any = None,
 ) -> Iterator[int]:
     """Yield new token ids after the prompt `ids`; works with any causal model of transformers.
 
     Nothing is kept but the model's cache, so with linear-time rows memory does not grow. A seed
     makes the draw repeatable; None draws afresh. A token of `stop_ids` ends it, unyielded.
 
-    Raises ValueError: an empty prompt, max_new_tokens < 0, temperature < 0, top_p outside [0, 1];
-    on the CPU also for a model whose logits are no numbers.
+    Args:
+        past_key_values: the cache of what was read before, which `ids` continue. It is moved on in
+            place: whenever a token has been yielded, it holds the prompt and all tokens up to that
+            one, so that a conversation can continue with the same cache.
+
+    Raises ValueError: an empty prompt, max_new_tokens < 0, temperature < 0 or infinite, top_p
+    outside [0, 1]; on the CPU also for a model whose logits are no numbers.
     """
-    _check(len(ids) > 0, "ids", "an empty prompt", "at least one token, such as bos")
+    prompt = _check_prompt(ids)
     _check_settings(max_new_tokens, temperature, top_p)
-    return _decode(model, ids, max_new_tokens, temperature, top_p, seed, frozenset(stop_ids))
+    options = (max_new_tokens, temperature, top_p, seed)
+    if past_key_values is not None:
+        return _continue(model, prompt, past_key_values, frozenset(stop_ids), *options)
+    return _decode(model, prompt, frozenset(stop_ids), *options)
 
 
 def generate_batch(
     model: Any,
-    ids: torch.Tensor,
+    ids: torch.Tensor | Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
@@ -77,39 +92,43 @@ def generate_batch(
     seed: int | None = None,
     stop_ids: Sequence[int] = (),
 ) -> torch.Tensor:
-    """New tokens [B, n <= max_new_tokens] after prompts ids [B,T] of one length, row by row.
+    """New tokens [B, n <= max_new_tokens] after prompts ids, sequence by sequence.
 
     The plain loop that `model.generate` is around a batch: draw, step. On a GPU no token waits for
     the host, and a model of ours whose states have a constant size runs its steps as a CUDA graph.
-    A row that draws one of `stop_ids` is filled with it from there on; all rows stopped end it.
+    A sequence that draws one of `stop_ids` is filled with it from there on; all stopped end it.
+
+    Args:
+        ids: [B,T], or a list of B prompts; for our own models of any lengths.
 
     Raises ValueError as `generate_tokens`.
     """
-    _check(ids.ndim == 2 and ids.numel() > 0, "ids", tuple(ids.shape), "[B, T], neither empty")
+    prompts, mask = _check_prompts(model, ids)
     _check_settings(max_new_tokens, temperature, top_p)
-    steps = _steps(model, ids, max_new_tokens, temperature, top_p, seed)
-    stops, columns, held = frozenset(stop_ids), [], [None] * len(ids)
+    steps = _steps(model, prompts, mask, max_new_tokens, temperature, top_p, seed)
+    stops, columns, held = frozenset(stop_ids), [], [None] * len(prompts)
     for drawn in steps:
         column = [token if stop is None else stop for token, stop in zip(drawn.tolist(), held)]
         columns.append(column)
         held = [token if token in stops else None for token in column]
         if None not in held:
             break
-    return torch.tensor(columns, dtype=torch.int64, device=ids.device).reshape(-1, len(ids)).T
+    return (
+        torch.tensor(columns, dtype=torch.int64, device=prompts.device).reshape(-1, len(prompts)).T
+    )
 
 
 def _decode(
     model: Any,
-    ids: Sequence[int],
+    ids: list[int],
+    stop_ids: frozenset[int],
     max_new_tokens: int,
     temperature: float,
     top_p: float,
     seed: int | None,
-    stop_ids: frozenset[int],
 ) -> Iterator[int]:
-    device = next(model.parameters()).device
-    prompt = torch.tensor([list(ids)], device=device)
-    for drawn in _steps(model, prompt, max_new_tokens, temperature, top_p, seed):
+    prompt = torch.tensor([ids], device=_device(model))
+    for drawn in _steps(model, prompt, None, max_new_tokens, temperature, top_p, seed):
         token = int(drawn[0])
         if token in stop_ids:
             return
@@ -117,9 +136,36 @@ def _decode(
 
 
 @torch.inference_mode()
+def _continue(
+    model: Any,
+    ids: list[int],
+    cache: Any,
+    stop_ids: frozenset[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int | None,
+) -> Iterator[int]:
+    """Each token is read into the cache before it is yielded, and a stop never is: the cache is
+    somebody's, who looks at it between two tokens, or when there are enough."""
+    generator = _generator(_device(model), seed)
+    output = _prefill(model, torch.tensor([ids], device=_device(model)), None, cache)
+    for _ in range(max_new_tokens):
+        logits = output.logits[:, -1]
+        if logits.is_cpu:
+            _check_finite(logits)
+        token = draw(logits, temperature=temperature, top_p=top_p, generator=generator)
+        if int(token) in stop_ids:
+            return
+        output = model(token[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        yield int(token)
+
+
+@torch.inference_mode()
 def _steps(
     model: Any,
     ids: torch.Tensor,
+    mask: torch.Tensor | None,
     max_new_tokens: int,
     temperature: float,
     top_p: float,
@@ -130,15 +176,13 @@ def _steps(
     A GPU gets the next step before anybody looks at this one's tokens: it never waits for them to
     be read, and reading never waits for more than them. The price is a step too many at a stop.
     """
-    ids = ids.to(next(model.parameters()).device)
-    generator = torch.Generator(ids.device)
-    generator.seed() if seed is None else generator.manual_seed(seed)
+    if not max_new_tokens:
+        return
+    ids = ids.to(_device(model))
+    generator = _generator(ids.device, seed)
     options = {"replay": True} if isinstance(model, SubquadForCausalLM) else {"logits_to_keep": 1}
-    output: Any = None
-    cache = None
-    for piece in torch.split(ids, _PREFILL, dim=1) if max_new_tokens else ():
-        output = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
+    output = _prefill(model, ids, mask, None)
+    cache = output.past_key_values
     for left in reversed(range(max_new_tokens)):
         logits = output.logits[:, -1]
         if logits.is_cpu:  # elsewhere somebody would have to wait for the answer
@@ -151,6 +195,34 @@ def _steps(
         yield read()
         if left and not tokens.is_cuda:
             output = step()
+
+
+def _prefill(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, cache: Any) -> Any:
+    """Read the prompts [B,T] piece by piece; the output after the last, its cache included."""
+    output: Any = None
+    for start in range(0, ids.shape[1], _PREFILL):
+        piece = slice(start, start + _PREFILL)
+        masked = {} if mask is None else {"attention_mask": mask[:, piece].to(ids.device)}
+        output = model(
+            input_ids=ids[:, piece],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **masked,
+        )
+        cache = output.past_key_values
+    return output
+
+
+def _generator(device: torch.device, seed: int | None) -> torch.Generator:
+    generator = torch.Generator(device)
+    generator.seed() if seed is None else generator.manual_seed(seed)
+    return generator
+
+
+def _device(model: Any) -> torch.device:
+    device: torch.device = next(model.parameters()).device
+    return device
 
 
 def _reading(tokens: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -169,58 +241,6 @@ def _reading(tokens: torch.Tensor) -> Callable[[], torch.Tensor]:
     return read
 
 
-class TextPieces:
-    """Turns token ids into text as they come, holding back what is not yet a whole character."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-        self.spoken: list[int] = []  # the ids last turned into text: they decide on spaces
-        self.held: list[int] = []
-
-    def push(self, token: int) -> str:
-        """The text that became certain with this token, perhaps none."""
-        self.held.append(token)
-        text = self._held_text()
-        if not text.endswith("\ufffd"):
-            return self._speak(text, len(self.held))
-        if len(self.held) < _PATIENCE:
-            return ""
-        # These bytes are no UTF-8. But the last may begin a character: what lies further back than
-        # one can reach is certain, if the cut is not through a character itself.
-        for count in range(len(self.held) - _UNFINISHED, 0, -1):
-            certain = self._held_text(count)
-            if text.startswith(certain):
-                return self._speak(certain, count)
-        return self._speak(text, len(self.held))
-
-    def flush(self) -> str:
-        """What was held back, at the end of the text."""
-        return self._speak(self._held_text(), len(self.held)) if self.held else ""
-
-    def _held_text(self, count: int | None = None) -> str:
-        """Of all that is held, or of the first `count`."""
-        before = self._decode(self.spoken)
-        return self._decode(self.spoken + self.held[:count])[len(before) :]
-
-    def _speak(self, text: str, count: int) -> str:
-        self.spoken, self.held = self.held[:count], self.held[count:]
-        return text
-
-    def _decode(self, ids: list[int]) -> str:
-        text: str = self.tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return text
-
-
-def _texts(tokens: Iterable[int], pieces: TextPieces) -> Iterator[str]:
-    for token in tokens:
-        if text := pieces.push(token):
-            yield text
-    if text := pieces.flush():
-        yield text
-
-
 def _first_id(tokenizer: Any) -> list[int]:
     """What to start from when there is no prompt: what stands between documents in training."""
     for token in (tokenizer.eos_token_id, tokenizer.bos_token_id):
@@ -229,9 +249,39 @@ def _first_id(tokenizer: Any) -> list[int]:
     return []
 
 
-def _check(ok: bool, name: str, came: object, expected: str) -> None:
-    if not ok:
-        raise ValueError(f"{name}: got {came!r}; expected {expected}")
+def _check_prompt(ids: Any) -> list[int]:
+    """The ids of one prompt as integers."""
+    prompt = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    try:
+        prompt = [operator.index(token) for token in prompt]
+    except TypeError:
+        got = f"a {type(ids).__name__} that is no flat list of integers"
+        fix = "generate_batch takes several prompts"
+        raise fail("ids", got, "the tokens of one prompt", fix) from None
+    if not prompt:
+        raise fail("ids", "an empty prompt", "at least one token", "begin with bos or eos")
+    return prompt
+
+
+def _check_prompts(model: Any, ids: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Prompts [B,T] that end together, and where they are real, if not everywhere."""
+    if isinstance(ids, torch.Tensor):
+        if ids.ndim != 2 or ids.numel() == 0 or ids.is_floating_point():
+            got = f"{ids.dtype} of shape {tuple(ids.shape)}"
+            raise fail("ids", got, "integers [B, T], neither empty", "pass a list of prompts")
+        return ids, None
+    rows = [torch.tensor(_check_prompt(row)) for row in ids]
+    if not rows:
+        raise fail("ids", "no prompt", "at least one", "pass a list of prompts")
+    longest = max(map(len, rows))
+    if all(len(row) == longest for row in rows):
+        return torch.stack(rows), None
+    if not isinstance(model, SubquadForCausalLM):
+        got = f"prompts of {sorted({len(row) for row in rows})} tokens"
+        raise fail("ids", got, "prompts of one length for this model", "use model.generate")
+    padded = [F.pad(row, (longest - len(row), 0)) for row in rows]
+    real = [F.pad(torch.ones_like(row), (longest - len(row), 0)) for row in rows]
+    return torch.stack(padded), torch.stack(real)
 
 
 def _check_finite(logits: torch.Tensor) -> None:
@@ -242,7 +292,10 @@ def _check_finite(logits: torch.Tensor) -> None:
 
 
 def _check_settings(max_new_tokens: int, temperature: float, top_p: float) -> None:
-    counts = isinstance(max_new_tokens, int) and max_new_tokens >= 0
-    _check(counts, "max_new_tokens", max_new_tokens, "an integer, 0 or more")
-    _check(temperature >= 0, "temperature", temperature, "0 (the likeliest token) or more")
-    _check(0 <= top_p <= 1, "top_p", top_p, "a probability from 0 to 1")
+    if not is_whole(max_new_tokens, 0):
+        raise fail("max_new_tokens", repr(max_new_tokens), "an integer, 0 or more", "count tokens")
+    if not 0 <= temperature < math.inf:
+        expected = "0 (the likeliest token) or a number above"
+        raise fail("temperature", repr(temperature), expected, "1 draws as the model was trained")
+    if not 0 <= top_p <= 1:
+        raise fail("top_p", repr(top_p), "a probability from 0 to 1", "1 draws among all tokens")

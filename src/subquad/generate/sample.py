@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+_COLDEST = 1e-30  # in float32, smaller ones divide like 0
+
 
 def draw(
     logits: Tensor, *, temperature: float, top_p: float, generator: torch.Generator | None
@@ -15,7 +17,10 @@ def draw(
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
+    logits = logits.float()
+    # Below the largest logit nothing overflows, and at a tiny temperature only it is left.
+    below = logits - logits.amax(-1, keepdim=True)
+    probabilities = torch.softmax(below / max(temperature, _COLDEST), dim=-1)
     if top_p >= 1:
         return _race(probabilities, generator)
     ordered, tokens = probabilities.sort(dim=-1, descending=True)

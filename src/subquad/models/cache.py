@@ -9,17 +9,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Cache
 
 from subquad.decode.gpu.graph import Lease
 from subquad.errors import fail
 from subquad.mixers.base import State
+from subquad.models.cache_file import read_cache, write_cache
 from subquad.models.packing import Packing
-
-_FORMAT = "subquad-cache-1"
 
 
 class SubquadCache(Cache):
@@ -208,58 +205,24 @@ class SubquadCache(Cache):
     # ---- files
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything to one safetensors file, wholly or not at all."""
-        path = Path(path)
-        tensors = {
-            f"{layer}.{name}": tensor.detach().clone()
-            for layer, state in enumerate(self.states)
-            for name, tensor in (state or {}).items()
-        }
-        if self.lengths is not None:
-            tensors["lengths"] = self.lengths
-        if self.read is not None:
-            tensors["read"] = self.read
-        metadata = {
-            "format": _FORMAT,
-            "num_layers": str(self.num_layers),
-            "columns": str(self._columns),
-        }
-        draft = path.with_name(f".{path.name}.{os.getpid()}.draft")
-        try:
-            save_file(tensors, draft, metadata=metadata)
-            with open(draft, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(draft, path)
-        finally:
-            draft.unlink(missing_ok=True)
+        """Write everything to one safetensors file, wholly or not at all, with its sum."""
+        counts = {"lengths": self.lengths, "read": self.read}
+        write_cache(Path(path), self.states, counts, self._columns)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: str | torch.device = "cpu") -> SubquadCache:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: the file is no cache of ours.
+            ValueError: the file is no cache of ours, or is damaged.
             FileNotFoundError: there is no such file.
         """
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise fail("path", f"{path}: {error}", "a safetensors file", "save it again") from error
-        if metadata.get("format") != _FORMAT:
-            raise fail(
-                "path", f"format {metadata.get('format')!r}", repr(_FORMAT), "use SubquadCache.save"
-            )
-        cache = cls(int(metadata["num_layers"]))
-        cache._columns = int(metadata["columns"])
-        cache.lengths = tensors.pop("lengths", None)
-        cache.read = tensors.pop("read", None)
+        states, counts, columns = read_cache(Path(path))
+        cache = cls(len(states))
+        cache.states, cache._columns = states, columns
+        cache.lengths, cache.read = counts["lengths"], counts["read"]
         cache.has_empty_rows = cache.lengths is not None and bool((cache.lengths == 0).any())
-        for name, tensor in tensors.items():
-            layer, _, entry = name.partition(".")
-            state = cache.states[int(layer)] or {}
-            cache.states[int(layer)] = {**state, entry: tensor}
+        cache._map(lambda tensor: tensor.to(device))
         return cache
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:

@@ -20,6 +20,8 @@ from subquad.mixers import MIXERS
 from subquad.mixers.base import Depth, Mixer, takes_depth
 from subquad.models.tokenizer import BOS, EOS, PAD, VOCAB_SIZE
 
+_MOST_LAYERS = 1 << 16
+
 
 class SubquadConfig(PreTrainedConfig):
     """The shape of a `SubquadForCausalLM`: which rows of the table, how wide, how deep.
@@ -136,6 +138,13 @@ class SubquadConfig(PreTrainedConfig):
     def _check_sizes(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers"):
             _check_integer(name, getattr(self, name), at_least=1)
+        if self.num_hidden_layers > _MOST_LAYERS:  # a config may come from anywhere
+            raise fail(
+                "num_hidden_layers",
+                self.num_hidden_layers,
+                f"at most {_MOST_LAYERS}",
+                "count again",
+            )
         if self.intermediate_size is not None:
             _check_integer("intermediate_size", self.intermediate_size, at_least=0)
         for name in ("norm_eps", "initializer_range"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from subquad.models.arguments import check_known, positions_from
 from subquad.models.block import Block
 from subquad.models.cache import SubquadCache
 from subquad.models.config import SubquadConfig
+from subquad.models.folder import check_model, save_whole
 from subquad.models.packing import Packing, check_past, pack, pack_given
 from subquad.models.start import draw_missing, float32_names
 from subquad.models.tokens import embed
@@ -45,6 +48,37 @@ class SubquadPreTrainedModel(PreTrainedModel):
         its own; most mixers have none, only their projections do.
         """
         return False
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As transformers', but a local folder is checked first, and pickles are never loaded.
+
+        With `ignore_mismatched_sizes=True` it is not: what fits is loaded, the rest drawn.
+
+        Raises:
+            ValueError: naming the file or the tensor that is missing or is not as it was saved, or
+                the family of a folder that is not ours.
+        """
+        path = pretrained_model_name_or_path
+        folder = Path(path or "", kwargs.get("subfolder", ""))
+        others = ("gguf_file", "variant", "state_dict", "ignore_mismatched_sizes")
+        plain = path is not None and not any(kwargs.get(name) for name in others)
+        if plain and (folder / "config.json").exists():
+            check_model(folder, cls, kwargs.get("config"))
+        kwargs |= {"use_safetensors": True, "trust_remote_code": False}
+        return super().from_pretrained(path, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers', but wholly or not at all, and with SHA256SUMS."""
+        shared = args or any(kwargs.get(n) for n in ("push_to_hub", "distributed_checkpoint"))
+        adapters = getattr(self, "_hf_peft_config_loaded", False)
+        if shared or adapters or not kwargs.get("is_main_process", True):
+            super().save_pretrained(save_directory, *args, **kwargs)
+        else:
+            write = partial(super().save_pretrained, **kwargs)
+            save_whole(Path(save_directory), write)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

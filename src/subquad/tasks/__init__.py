@@ -6,7 +6,7 @@
     batch = task.sample(32, seed=0, step=0)     # the same wherever and whenever it is drawn
     batch.inputs, batch.labels                  # [32,64] each; labels are -100 where nothing is due
 
-`subquad arena --list-tasks` tells what each measures; `subquad arena --task mqar` trains rows on
+`subquad arena --list-tasks` shows what each measures; `subquad arena --task mqar` trains rows on
 one, equally.
 """
 

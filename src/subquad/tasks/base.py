@@ -152,6 +152,10 @@ class Task(ABC):
         random = np.random.default_rng([SPLITS.index(split), seed, step])
         return self.draw(random, batch_size, split)
 
+    def spell(self, token: int) -> str:
+        """A token, or an answer, as people read it."""
+        return str(token)
+
     def stream(self, batch_size: int, *, seed: int = 0, step: int = 0) -> Iterator[Batch]:
         """Training batches from this step on, without end."""
         while True:
@@ -159,7 +163,7 @@ class Task(ABC):
             step += 1
 
     def tests(self) -> dict[str, Task]:
-        """The variants on which a trained model is judged, by what is told of them: other lengths,
+        """The variants on which a trained model is judged, by their names: other lengths,
         other kinds of questions. The first has the settings of training."""
         return {"as trained": self}
 

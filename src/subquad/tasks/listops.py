@@ -87,6 +87,10 @@ class ListOps(Task):
     def vocab_size(self) -> int:
         return 16
 
+    def spell(self, token: int) -> str:
+        operators = {10 + number: f"[{name}" for number, name in enumerate(OPERATORS)}
+        return operators.get(token, "]" if token == CLOSE else str(token))
+
     @property
     def chance(self) -> float:
         return 0.1

@@ -104,6 +104,9 @@ class Stories(Task):
     def vocab_size(self) -> int:
         return len(_WORDS)
 
+    def spell(self, token: int) -> str:
+        return _WORDS[token]
+
     @property
     def chance(self) -> float:
         answers = {"yes_no": 2, "counting": 1 + self.things}

@@ -66,7 +66,7 @@ class Captured:
         here = torch.cuda.current_stream(self.device)
         self.side.wait_stream(here)
         with torch.cuda.stream(self.side), warnings.catch_warnings():
-            # The optimiser is told to be capturable, and tells when it is not being captured.
+            # The optimiser is made capturable, and warns when it is not being captured.
             warnings.filterwarnings("ignore", "This instance was constructed with capturable")
             done = self.step(*(tensor.to(self.device, non_blocking=True) for tensor in tensors))
         here.wait_stream(self.side)
@@ -86,7 +86,7 @@ class Captured:
         except RuntimeError as error:
             self.fit = False
             reason = str(error).splitlines()[0]
-            warnings.warn(f"training goes on without a CUDA graph: {reason}", stacklevel=4)
+            warnings.warn(f"training continues without a CUDA graph: {reason}", stacklevel=4)
         else:
             self.graph = graph
 

@@ -1,7 +1,7 @@
 """Checkpoints that are either whole and proven, or absent.
 
     root/step-00000100/          whatever the caller's `write` put there, and
-        manifest.json            SHA-256 and size of every file, and a sum of that list itself
+        SHA256SUMS               the sum of every file
 
 A checkpoint is written to a hidden folder beside its place, forced to the disk, and renamed: at any
 moment, and after a kill or a power cut, a folder called `step-...` is complete. What happens to it
@@ -9,17 +9,15 @@ later (a flipped bit loads silently in every tool) is what the sums are for. Onl
 process may write to `root`; `subquad.train.run` holds the lock.
 """
 
-import hashlib
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 
-MANIFEST = "manifest.json"
+from subquad.files import Damaged, check_sums, remove, sync, sync_tree, write_sums
+
 _HIDDEN = ".unfinished-"
 
 
@@ -52,10 +50,9 @@ def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int) -> 
         _remove(hidden)
         hidden.mkdir()
         write(hidden)
-        (hidden / MANIFEST).write_text(_manifest(hidden), encoding="utf-8")
+        write_sums(hidden)
         sync_tree(hidden)
-        if final.exists():  # the same step again, after falling back to an older checkpoint
-            _remove(final)
+        _remove(final)  # the same step again, after falling back to an older checkpoint
         hidden.rename(final)
         sync(root)
     except (OSError, SafetensorError) as error:
@@ -70,15 +67,10 @@ def save(root: Path, step: int, write: Callable[[Path], None], *, keep: int) -> 
 
 def verify(checkpoint: Path) -> None:
     """Raise CheckpointError, naming the file, unless every byte is as it was written."""
-    manifest = _read_manifest(checkpoint)
-    present = {p.name for p in checkpoint.iterdir()} - {MANIFEST}
-    if changed := present ^ set(manifest):
-        raise CheckpointError(
-            f"{checkpoint}: {sorted(changed)} missing from it or from its manifest"
-        )
-    for name, expected in manifest.items():
-        if _describe(checkpoint / name) != expected:
-            raise CheckpointError(f"{checkpoint / name} is damaged: its SHA-256 sum does not match")
+    try:
+        check_sums(checkpoint, exactly=True)
+    except (Damaged, OSError) as error:
+        raise CheckpointError(str(error)) from None
 
 
 def newest_good(root: Path, say: Callable[[str], None]) -> Path | None:
@@ -108,64 +100,13 @@ def newest_good(root: Path, say: Callable[[str], None]) -> Path | None:
 def clean(root: Path) -> None:
     """Remove what a killed process left half written or half deleted."""
     for leftover in root.glob(f"{_HIDDEN}*"):
-        shutil.rmtree(leftover)
+        remove(leftover)
 
 
-def sync_tree(folder: Path) -> None:
-    """Force a flat folder, its files and its directory entry, to the disk."""
-    for file in folder.iterdir():
-        sync(file)
-    sync(folder)
-
-
-def sync(path: Path) -> None:
-    """fsync a file or a directory (for a directory: the names in it)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(folder: Path) -> None:
+def _remove(path: Path) -> None:
     """Remove a folder so that a kill half-way leaves nothing that looks like a checkpoint."""
-    if folder.exists():
-        doomed = folder.with_name(f"{_HIDDEN}removed-{folder.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
-
-
-def _manifest(folder: Path) -> str:
-    files = {p.name: _describe(p) for p in sorted(folder.iterdir())}
-    return json.dumps({"files": files, "sha256": _sum_of_list(files)}, indent=1)
-
-
-def _read_manifest(checkpoint: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        files: dict[str, Any] = manifest["files"]
-        intact = manifest["sha256"] == _sum_of_list(files)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{checkpoint / MANIFEST} is damaged: {error!r}") from None
-    if not intact:
-        raise CheckpointError(f"{checkpoint / MANIFEST} is damaged: its own sum does not match")
-    return files
-
-
-def _sum_of_list(files: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def _describe(file: Path) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
-    for block in _blocks(file):
-        digest.update(block)
-        size += len(block)
-    return {"sha256": digest.hexdigest(), "bytes": size}
-
-
-def _blocks(file: Path) -> Iterator[bytes]:
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            yield block
+    if os.path.lexists(path):
+        doomed = path.with_name(f"{_HIDDEN}removed-{path.name}")
+        remove(doomed)
+        path.rename(doomed)
+        remove(doomed)

@@ -2,18 +2,23 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from subquad.errors import pick
+from subquad.files import Damaged, read_json
+from subquad.table import ROWS
+
 if TYPE_CHECKING:
     from subquad.models import SubquadConfig
 
-# Settings that a resumed run may change: they decide how long and how carefully, never what the
-# steps already taken were. (More `steps` stretches the cosine, and the run says so.)
-RESUMABLE = frozenset({"steps", "eval_every", "checkpoint_every", "keep", "device", "accumulate"})
+# What a resumed run may change, and says and records where it does: how long and how carefully it
+# trains, and the schedule of the steps to come. Not what decides the model or the order of the
+# data, with which it would be another run. (More `steps` stretches the cosine.)
+CHANGEABLE = frozenset({"steps", "eval_every", "checkpoint_every", "keep", "device", "accumulate"})
+CHANGEABLE |= {"lr", "min_lr_ratio", "warmup_steps", "weight_decay", "betas", "grad_clip"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +31,8 @@ class TrainConfig:
 
     model: "str | Mapping[str, Any] | SubquadConfig" = "gated_deltanet"
     """A row name, the keywords of a SubquadConfig, or a SubquadConfig. Stored as the keywords."""
+    init_from: str | None = None
+    """A run or a model folder whose weights are the start; None draws them from the seed."""
     data: str = "stdlib"
     """`stdlib` (Python's own library on this machine), a text file, a .jsonl file, or a folder."""
     tokenizer: str | None = None
@@ -101,22 +108,27 @@ class TrainConfig:
         """Read a run directory's (or a file's) config. ValueError if it is not one."""
         file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
         try:
-            values = json.loads(file.read_text(encoding="utf-8"))
+            values = read_json(file)
             return cls.from_json(values.get("train", values))
         except FileNotFoundError:
             raise ValueError(f"{file} does not exist, so {path} is no training run") from None
-        except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, TypeError) as error:
+        except (Damaged, AttributeError, TypeError) as error:
             raise ValueError(f"{file} is not a training config: {error}") from None
 
-    def differences(self, other: "TrainConfig") -> dict[str, tuple[Any, Any]]:
-        """Fields in which the two differ: name -> (self's value, other's)."""
-        mine, theirs = self.to_json(), other.to_json()
-        return {name: (mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]}
+    def changes_since(self, before: "TrainConfig", where: str) -> dict[str, list[Any]]:
+        """Settings that differ: name -> [before, now]. ValueError for what no run may change."""
+        old, new = before.to_json(), self.to_json()
+        changes = {name: [old[name], new[name]] for name in new if old[name] != new[name]}
+        if refused := sorted(set(changes) - CHANGEABLE):
+            pairs = ((name, *changes[name]) for name in refused)
+            listed = ", ".join(f"{name} was {was!r}, now {now!r}" for name, was, now in pairs)
+            raise ValueError(f"resume: {where} began with other settings: {listed}")
+        return changes
 
 
 def _model_keywords(model: Any) -> dict[str, Any]:
     if isinstance(model, str):
-        return {"mixer": model}
+        return {"mixer": pick("mixer", model, ROWS)}
     keywords = model.to_dict() if hasattr(model, "to_dict") else model
     if not isinstance(keywords, Mapping):
         raise ValueError(
@@ -124,7 +136,18 @@ def _model_keywords(model: Any) -> dict[str, Any]:
             "keywords, or a SubquadConfig"
         )
     # There and back through JSON, so that a config read from a file equals the one written.
-    return dict(json.loads(json.dumps(dict(keywords))))
+    return _with_row_names(json.loads(json.dumps(dict(keywords))))
+
+
+def _with_row_names(keywords: dict[str, Any]) -> dict[str, Any]:
+    """Rows in any case, by their names; SubquadConfig judges whatever else is there."""
+    if isinstance(keywords.get("mixer"), str):
+        keywords["mixer"] = pick("mixer", keywords["mixer"], ROWS)
+    if isinstance(keywords.get("layers"), list):
+        keywords["layers"] = [
+            pick("layers", row, ROWS) if isinstance(row, str) else row for row in keywords["layers"]
+        ]
+    return keywords
 
 
 def _integer(value: Any, least: int) -> bool:
@@ -132,16 +155,18 @@ def _integer(value: Any, least: int) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    return real and abs(value) < _TOO_LARGE
 
 
+_TOO_LARGE = 1e38  # in float32, in which weights are updated, this is next to infinity
 _Rule = tuple[Callable[[Any], bool], str]
 _COUNT: _Rule = (lambda v: _integer(v, 1), "an integer of at least 1")
 _NOT_NEGATIVE: _Rule = (lambda v: _number(v) and v >= 0, "a number of at least 0")
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(("steps", "batch_size", "seq_len", "accumulate"), _COUNT),
     **dict.fromkeys(("eval_every", "eval_tokens", "checkpoint_every", "keep"), _COUNT),
-    "lr": (lambda v: _number(v) and v > 0, "a positive number"),
+    "lr": (lambda v: _number(v) and v > 0, "a positive number below 1e38"),
     "min_lr_ratio": (lambda v: _number(v) and 0 <= v <= 1, "a number from 0 to 1"),
     "warmup_steps": (lambda v: v is None or _integer(v, 0), "None or an integer of at least 0"),
     "weight_decay": _NOT_NEGATIVE,
@@ -154,7 +179,9 @@ _RULES: dict[str, _Rule] = {
     ),
     "seed": (lambda v: _integer(v, 0) and v < 2**63, "an integer from 0 to 2**63 - 1"),
     "precision": (lambda v: v in ("auto", "float32", "bf16"), "auto, float32 or bf16"),
-    "data": (lambda v: isinstance(v, str), "a string"),
+    "data": (lambda v: isinstance(v, str) and v != "", "a file, a folder or `stdlib`"),
     "device": (lambda v: isinstance(v, str), "a string"),
-    "tokenizer": (lambda v: v is None or isinstance(v, str), "None or a string"),
+    **dict.fromkeys(
+        ("tokenizer", "init_from"), (lambda v: v is None or isinstance(v, str), "None or a string")
+    ),
 }

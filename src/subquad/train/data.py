@@ -124,18 +124,21 @@ def load_tokenizer(path: str | Path | None) -> Any:
         from subquad.models import ByteTokenizer
 
         return ByteTokenizer()
-    if not Path(path).exists():
+    if not (Path(path).is_dir() or Path(path).is_file()):
         raise ValueError(f"tokenizer: {path} does not exist; expected a folder or a tokenizer.json")
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    if Path(path).is_file():
-        return PreTrainedTokenizerFast(tokenizer_file=str(path))  # type: ignore[no-untyped-call]
     try:
-        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        if Path(path).is_file():
+            return PreTrainedTokenizerFast(tokenizer_file=str(path))  # type: ignore[no-untyped-call]
+        return AutoTokenizer.from_pretrained(
+            str(path), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # the tokenizers library raises plain ones
+        reason = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"tokenizer: {path} holds none that transformers can read: {error}"
-        ) from None
+            f"tokenizer: {path} holds none that transformers can read: {reason}"
+        ) from error
 
 
 def encode(documents: list[Document], tokenizer: Any) -> Tokens:

@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from subquad.files import read_json
+
 HELD_OUT_SHARE = 20  # one document (or byte) in twenty is never trained on
+_LONGEST_LINE = 1 << 26  # bytes of one document in a .jsonl file
 FEW_DOCUMENTS = 200  # below this, a split by document is too uneven: hold out the end of the text
 
 
@@ -18,13 +22,13 @@ class Document(NamedTuple):
 
 def read_documents(source: str) -> list[Document]:
     """The source's non-empty documents, in an order that depends on their names alone."""
+    expected = "`stdlib`, a text file, a .jsonl file or a folder"
     if source == "stdlib":
         documents = _stdlib()
-    elif not Path(source).exists():
-        raise ValueError(
-            f"data: {source!r} does not exist; expected `stdlib`, a text file, a .jsonl file or "
-            "a folder"
-        )
+    elif not source or not Path(source).exists():
+        raise ValueError(f"data: {source!r} does not exist; expected {expected}")
+    elif not (Path(source).is_dir() or Path(source).is_file()):  # a pipe or a device has no end
+        raise ValueError(f"data: {source!r} is no regular file; expected {expected}")
     elif Path(source).is_dir():
         documents = _folder(Path(source))
     else:
@@ -79,10 +83,26 @@ def _stdlib() -> Iterator[Document]:
 
 
 def _folder(root: Path) -> Iterator[Document]:
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root)
-        if path.is_file() and not any(part.startswith(".") for part in name.parts):
-            yield from _file(path, name.as_posix())
+    """Every file but hidden ones, and but what training and the arena write: a run that is made
+    inside the folder it learns from would find itself there when it is resumed."""
+    found: list[Path] = []
+    for place, folders, files in os.walk(root):
+        here = Path(place)
+        folders[:] = [f for f in folders if f[0] != "." and not _is_ours(here / f)]
+        found += [here / name for name in files if name[0] != "."]
+    for path in sorted(found):
+        if path.is_file():
+            yield from _file(path, path.relative_to(root).as_posix())
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether this is a run's directory or an arena's."""
+    if (folder / ".lock").exists() and (folder / "config.json").exists():
+        return True
+    try:
+        return {"config", "environment"} <= set(read_json(folder / "plan.json"))
+    except (OSError, ValueError):
+        return False
 
 
 def _file(path: Path, name: str) -> Iterator[Document]:
@@ -90,7 +110,12 @@ def _file(path: Path, name: str) -> Iterator[Document]:
         yield Document(name, path.read_bytes())
         return
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+        number = 0
+        while line := lines.readline(_LONGEST_LINE):
+            number += 1
+            if len(line) == _LONGEST_LINE:
+                at_most = f"{_LONGEST_LINE >> 20} MiB"
+                raise ValueError(f"data: {path}, line {number} is longer than {at_most}; split it")
             if line.strip():
                 yield Document(f"{name}:{number}", _json_text(line, f"{path}, line {number}"))
 
@@ -99,7 +124,7 @@ def _json_text(line: bytes, where: str) -> bytes:
     try:
         text: str = json.loads(line)["text"]
         return text.encode("utf-8", "surrogatepass")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f'data: {where} is not a JSON object with a string "text"') from None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from subquad.models.device import pick_device
-from subquad.train.build import build_model
+from subquad.train.build import build_model, load_weights
 from subquad.train.config import TrainConfig
 from subquad.train.data import Corpus, load_corpus
 from subquad.train.run import RunDirectory
@@ -21,15 +21,22 @@ from subquad.train.signals import stop_on_signals
 
 @dataclass
 class TrainResult:
-    """What `train` hands back. `history` holds every record of the run, resumed parts included."""
+    """What `train` hands back. `history` holds every record of the run, resumed parts included.
+
+    `stopped_by` is the signal that ended it before its last step, None if none did.
+    """
 
     config: TrainConfig
     model: Any
     tokenizer: Any
     history: list[Record]
     step: int
-    interrupted: bool
+    stopped_by: int | None
     run_dir: Path | None
+
+    @property
+    def interrupted(self) -> bool:
+        return self.stopped_by is not None
 
     @property
     def losses(self) -> list[float]:
@@ -73,7 +80,7 @@ def train(
         corpus: `load_corpus(config.data, tokenizer=config.tokenizer)`, to share it between runs.
 
     Raises ValueError (bad config, data or directory), CheckpointError, TrainingError.
-    On SIGINT or SIGTERM the step is finished and saved, and the result says `interrupted`.
+    On SIGINT, SIGTERM or SIGHUP the step is finished and saved, and the result says `interrupted`.
     """
     emit = on_event or (lambda record: None)
     if resume and run_dir is None:
@@ -89,6 +96,8 @@ def train(
         # Nor is their autocast, whose copies of weights would outlive the step that changes them.
         stack.enter_context(torch.autocast(device.type, enabled=False, cache_enabled=False))
         model = build_model(config, corpus.tokenizer).to(device)
+        if config.init_from is not None and not resume:
+            load_weights(model, config.init_from)
         run = None
         if run_dir is not None:
             run = RunDirectory.reopen(run_dir, config) if resume else RunDirectory.create(run_dir)
@@ -105,10 +114,10 @@ def train(
                 session.save()
         if session.step != session.saved_step:  # stopped between two checkpoints
             session.save()
-        interrupted = session.step < config.steps
-        if not interrupted:
+        stopped_by = stop.signal if session.step < config.steps else None
+        if stopped_by is None:
             session.finish()
     path = None if run_dir is None else Path(run_dir)
     return TrainResult(
-        config, model, corpus.tokenizer, session.history, session.step, interrupted, path
+        config, model, corpus.tokenizer, session.history, session.step, stopped_by, path
     )

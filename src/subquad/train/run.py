@@ -1,35 +1,49 @@
 """A run's directory: who may write to it, and what lies where.
 
-RUN/config.json       the resolved settings and the versions they ran with
-RUN/metrics.jsonl     one record per training step and per held-out evaluation
+RUN/config.json       which run it is, its resolved settings, and the versions it ran with
+RUN/metrics.jsonl     one record per training step, per held-out evaluation, per change of settings
 RUN/checkpoints/      see subquad.train.checkpoint
 RUN/model/            the model as an ordinary Hugging Face folder, tokenizer beside it
 """
 
-import fcntl
 import json
 import os
 import platform
-import shutil
+import secrets
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from subquad import __version__
-from subquad.train.checkpoint import sync, sync_tree
-from subquad.train.config import RESUMABLE, TrainConfig
+from subquad.files import (
+    check_path,
+    read_json,
+    remove,
+    sync,
+    sync_tree,
+    take_lock,
+    write_json,
+    write_sums,
+)
+from subquad.models.folder import write_model
+from subquad.train.checkpoint import CheckpointError
+from subquad.train.config import TrainConfig
+from subquad.train.metrics import read_metrics
 
-_LOCK, _UNFINISHED_CONFIG = ".lock", ".config-unfinished"
+_LOCK, _CONFIG = ".lock", "config.json"
 
 
 class RunDirectory:
     """Holds the directory's lock while open; made by `create` or `reopen`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, identity: str | None = None) -> None:
         self.path = path
-        self._lock = _lock(path)
+        self.identity = identity or secrets.token_hex(8)
+        try:
+            self._lock = take_lock(path / _LOCK)
+        except OSError:
+            raise ValueError(f"run_dir: another process is training in {path}") from None
         self.checkpoints = path / "checkpoints"
         self.model = path / "model"
         self._metrics_path = path / "metrics.jsonl"
@@ -39,10 +53,11 @@ class RunDirectory:
     def create(cls, path: str | Path) -> "RunDirectory":
         """Make a new run directory. ValueError if `path` holds anything, or is not a directory."""
         path = Path(path)
+        check_path("run_dir", path)
         if path.exists() and not path.is_dir():
             raise ValueError(f"run_dir: {path} is a file; expected a new or empty directory")
         if path.exists() and _holds_something(path):
-            fix = "--resume continues it" if (path / "config.json").exists() else "it is no run"
+            fix = "--resume continues it" if (path / _CONFIG).exists() else "it is no run"
             raise ValueError(f"run_dir: {path} is not empty ({fix}); give another directory")
         path.mkdir(parents=True, exist_ok=True)
         return cls(path)
@@ -54,17 +69,13 @@ class RunDirectory:
         if not path.is_dir():
             raise ValueError(f"run_dir: there is no run at {path} to resume")
         # A run killed in its first instant has no config yet: then there is nothing to contradict.
-        if (path / "config.json").exists():
-            changed = config.differences(TrainConfig.load(path))
-            refused = {name: pair for name, pair in changed.items() if name not in RESUMABLE}
-            if refused:
-                told = ", ".join(
-                    f"{name} was {old!r}, now {new!r}" for name, (new, old) in refused.items()
-                )
-                raise ValueError(f"resume: {path} began with other settings: {told}")
-        elif _holds_something(path):
-            raise ValueError(f"run_dir: {path} has no config.json, so it is no run to resume")
-        return cls(path)
+        if not (path / _CONFIG).exists():
+            if _holds_something(path):
+                raise ValueError(f"run_dir: {path} has no config.json, so it is no run to resume")
+            return cls(path)
+        config.changes_since(TrainConfig.load(path), str(path))
+        identity = read_json(path / _CONFIG).get("run")
+        return cls(path, identity if isinstance(identity, str) else None)
 
     def start(self, config: TrainConfig) -> None:
         """Save the settings, and the versions they run with; from here on `record` works."""
@@ -73,16 +84,29 @@ class RunDirectory:
             "torch": str(torch.__version__),
             "python": platform.python_version(),
         }
-        text = json.dumps({"train": config.to_json(), "versions": versions}, indent=1)
-        hidden = self.path / _UNFINISHED_CONFIG
-        hidden.write_text(text + "\n", encoding="utf-8")
-        sync(hidden)
-        hidden.rename(self.path / "config.json")
+        record = {"run": self.identity, "train": config.to_json(), "versions": versions}
+        write_json(self.path / _CONFIG, record)
         self._metrics = self._metrics_path.open("ab")
+
+    def check_place(self) -> None:
+        """CheckpointError if the directory is no longer where it was: removed, renamed, replaced.
+
+        A new one in its place would get the weights, while the metrics went on in the old one.
+        """
+        try:
+            there = os.stat(self.path / _LOCK)
+        except OSError:
+            there = None
+        if there is None or not os.path.samestat(there, os.fstat(self._lock)):
+            raise CheckpointError(
+                f"run_dir: {self.path} was removed or renamed while it was in training; its "
+                "checkpoints are wherever it is now"
+            )
 
     def record(self, record: dict[str, Any]) -> None:
         """Append one line to the metrics, at once visible to readers and safe from a kill."""
         assert self._metrics is not None, "not started"
+        self.check_place()
         self._metrics.write(json.dumps(record).encode() + b"\n")
         self._metrics.flush()
 
@@ -99,6 +123,8 @@ class RunDirectory:
         if not self._metrics_path.exists():
             return []
         kept = [r for r in read_metrics(self._metrics_path) if r["step"] <= step]
+        while kept and kept[-1]["kind"] == "change" and kept[-1]["step"] == step:
+            kept.pop()  # it was made after the checkpoint that is gone back to
         with self._metrics_path.open("rb") as lines:
             end = sum(len(next(lines)) for _ in kept)
         os.truncate(self._metrics_path, end)
@@ -106,18 +132,19 @@ class RunDirectory:
 
     def export(self, model: Any, tokenizer: Any) -> None:
         """(Re)place RUN/model. A kill in between leaves the old folder, the new one, or none."""
+        self.check_place()
         hidden = self.path / ".model-unfinished"
-        shutil.rmtree(hidden, ignore_errors=True)
-        save_model_folder(model, tokenizer, hidden)
+        remove(hidden)
+        write_model(model, tokenizer, hidden)
+        write_sums(hidden)
         sync_tree(hidden)
-        if self.model.exists():
-            shutil.rmtree(self.model)
+        remove(self.model)
         hidden.rename(self.model)
         sync(self.path)
 
     def withdraw_model(self) -> None:
-        """Remove RUN/model, which is no longer the newest once training goes on."""
-        shutil.rmtree(self.model, ignore_errors=True)
+        """Remove RUN/model, which is no longer the newest once training continues."""
+        remove(self.model)
 
     def __enter__(self) -> "RunDirectory":
         return self
@@ -130,44 +157,4 @@ class RunDirectory:
 
 def _holds_something(path: Path) -> bool:
     """More, that is, than a run killed in its first instant leaves."""
-    return any(p.name not in (_LOCK, _UNFINISHED_CONFIG) for p in path.iterdir())
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, in order; a last line torn by a kill is left out.
-
-    Raises ValueError naming the line if one is no record.
-    """
-    records = []
-    with Path(path).open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.endswith(b"\n"):
-                break
-            try:
-                records.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number} is damaged: {error}") from None
-    return records
-
-
-def save_model_folder(model: Any, tokenizer: Any, folder: Path) -> None:
-    """An ordinary Hugging Face folder, written without transformers' own progress bar."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _lock(path: Path) -> int:
-    """Lock the directory for this process; the system frees the lock however the process ends."""
-    descriptor = os.open(path / _LOCK, os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ValueError(f"run_dir: another process is training in {path}") from None
-    return descriptor
+    return any(p.name != _LOCK and not p.name.startswith(f".{_CONFIG}.") for p in path.iterdir())

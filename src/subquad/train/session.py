@@ -11,11 +11,14 @@ import torch
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
 
+from subquad.files import read_json
+from subquad.models.folder import write_model
 from subquad.train import checkpoint
-from subquad.train.build import autocast_dtype
+from subquad.train.build import autocast_dtype, load_weights
 from subquad.train.captured import Captured
 from subquad.train.config import TrainConfig
 from subquad.train.data import Batches, Corpus
+from subquad.train.metrics import lost_steps
 from subquad.train.optimizer import (
     learning_rate,
     load_optimizer_tensors,
@@ -23,14 +26,14 @@ from subquad.train.optimizer import (
     optimizer_tensors,
 )
 from subquad.train.rng import rng_state, set_rng_state
-from subquad.train.run import RunDirectory, save_model_folder
+from subquad.train.run import RunDirectory
 from subquad.train.score import bits_per_byte, evaluate, token_losses
 
 Record = dict[str, Any]
 
 
 class TrainingError(RuntimeError):
-    """Training cannot sensibly go on, as when the loss is not a number."""
+    """Training cannot sensibly continue, as when the loss is not a number."""
 
 
 class Session:
@@ -74,7 +77,7 @@ class Session:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
                 f"step {self.step + 1}: the loss is {loss} and the gradient's norm {norm}; "
-                f"a smaller lr than {config.lr} or a longer warmup may help"
+                f"a smaller lr than {config.lr} or a longer warmup may help, also when resuming"
             )
         for parameter, gradient in zip(self.model.parameters(), gradients):
             parameter.grad = gradient
@@ -128,10 +131,11 @@ class Session:
 
     def begin(self, resume: bool) -> None:
         """From the start or the newest checkpoint; only then do new settings replace old ones."""
-        if resume:
-            self._restore()
+        changes = self._restore() if resume else {}
         if self.run is not None:
             self.run.start(self.config)
+            if changes:
+                self._record({"kind": "change", "step": self.step, "settings": changes})
             if self.step < self.config.steps:
                 self.run.withdraw_model()
         self.emit(
@@ -149,6 +153,7 @@ class Session:
     def save(self) -> None:
         if self.run is None:
             return
+        self.run.check_place()
         self.run.sync_metrics()
         path = checkpoint.save(self.run.checkpoints, self.step, self._write, keep=self.config.keep)
         self.saved_step = self.step
@@ -156,9 +161,12 @@ class Session:
 
     def _write(self, folder: Path) -> None:
         """A checkpoint is a Hugging Face folder with the rest of the training state beside it."""
-        save_model_folder(self.model, self.corpus.tokenizer, folder)
+        write_model(self.model, self.corpus.tokenizer, folder)
         save_file(optimizer_tensors(self.model, self.optimizer), folder / "optimizer.safetensors")
+        assert self.run is not None
         state = {
+            "run": self.run.identity,
+            "config": self.config.to_json(),
             "step": self.step,
             "seconds": self.seconds,
             "data": self.corpus.fingerprint,
@@ -166,25 +174,46 @@ class Session:
         }
         (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
 
-    def _restore(self) -> None:
-        """Go back to the newest undamaged checkpoint, or to the start if none was ever written."""
+    def _restore(self) -> dict[str, list[Any]]:
+        """Go back to the newest undamaged checkpoint, or to the start if none was ever written.
+
+        Returns the settings that are others from here on.
+        """
         assert self.run is not None
         checkpoint.clean(self.run.checkpoints)
         path = checkpoint.newest_good(self.run.checkpoints, self._say)
+        changes = {}
         if path is not None:
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            if state["data"] != self.corpus.fingerprint:
-                raise ValueError(f"data: {self.corpus.source} is not what {path} was trained on")
-            load_model(self.model, path / "model.safetensors", device=str(self.device))
-            tensors = load_file(path / "optimizer.safetensors")
-            load_optimizer_tensors(self.model, self.optimizer, tensors)
-            set_rng_state(state["rng"], self.device)
-            self.step = self.saved_step = state["step"]
-            self.seconds = state["seconds"]
-            if self.step > self.config.steps:
-                raise ValueError(f"steps: got {self.config.steps}, but {path} is already beyond it")
+            changes = self._load(path)
+        elif self.config.init_from is not None:
+            load_weights(self.model, self.config.init_from)
         self.history = self.run.rewind_metrics(self.step)
+        if lost := lost_steps(self.history, self.step):
+            self._say(lost)
         self._say(f"resuming after step {self.step}")
+        for name, (was, now) in changes.items():
+            self._say(f"{name} was {was}, from here on {now}")
+        return changes
+
+    def _load(self, path: Path) -> dict[str, list[Any]]:
+        """Become what a checkpoint holds. ValueError if it is of another run, or of other data."""
+        assert self.run is not None
+        state = read_json(path / "state.json")
+        if state.get("run", self.run.identity) != self.run.identity:
+            raise ValueError(f"resume: {path} is a checkpoint of another run; move it elsewhere")
+        if state["data"] != self.corpus.fingerprint:
+            raise ValueError(f"data: {self.corpus.source} is not what {path} was trained on")
+        if state["step"] > self.config.steps:
+            raise ValueError(f"steps: got {self.config.steps}, but {path} is already beyond it")
+        before = TrainConfig.from_json(state["config"]) if "config" in state else self.config
+        changes = self.config.changes_since(before, str(path))
+        load_model(self.model, path / "model.safetensors", device=str(self.device))
+        tensors = load_file(path / "optimizer.safetensors")
+        load_optimizer_tensors(self.model, self.optimizer, tensors)
+        set_rng_state(state["rng"], self.device)
+        self.step = self.saved_step = state["step"]
+        self.seconds = state["seconds"]
+        return changes
 
     def release(self) -> None:
         """Give back the memory of a captured step."""

@@ -1,10 +1,15 @@
-"""Ctrl-C (or SIGTERM, as schedulers send it) asks the loop to stop; a second one insists."""
+"""Ctrl-C, SIGTERM or a closed terminal asks the loop to stop; a second one insists."""
 
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+# A terminal that is closed sends SIGHUP; Windows has no such signal.
+_STOPPING = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 
 
 class StopRequest:
@@ -19,15 +24,17 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Within, the first SIGINT or SIGTERM only sets the request; the next acts as it always does.
+    """Within, the first of these signals only sets the request; the next acts as it always does.
 
-    Signals can be caught in the main thread alone; elsewhere the request is never set.
+    One that is ignored, as SIGHUP is under nohup, stays so. Signals can be caught in the main
+    thread alone; elsewhere the request is never set.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {s: signal.getsignal(s) for s in _STOPPING}
+    before = {s: handler for s, handler in handlers.items() if handler is not signal.SIG_IGN}
 
     def handle(number: int, frame: FrameType | None) -> None:
         request.signal = signal.Signals(number)

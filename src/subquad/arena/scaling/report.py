@@ -3,10 +3,13 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from subquad.arena.drawing import Series, byte_count, count, draw
+from rich.text import Text
+
+from subquad.arena.columns import NumberTable
+from subquad.arena.drawing import Series, count, count_bytes, draw, draw_slope, looks
 from subquad.arena.page import render
 from subquad.arena.scaling.results import QUANTITIES, Exponent, RowScaling, scaling_from_json
-from subquad.arena.text.results import write_atomically, write_json
+from subquad.files import write_atomically, write_json
 from subquad.table import ROWS
 
 if TYPE_CHECKING:
@@ -18,23 +21,24 @@ _HEADS = {
     "decode seconds": "decode\ntime",
     "decode bytes": "state\nbytes",
 }
+_AXES = {
+    "train seconds": "time of a forward and backward pass",
+    "train bytes": "bytes kept for the backward pass",
+    "decode seconds": "time of one token",
+    "decode bytes": "bytes of state",
+}
 
 
-def scaling_table(record: dict[str, Any], variable: str) -> Any:
-    """A rich Table of the exponents in "T" or "d", beside what the paper claims."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
-    table.add_column(f"\nrow, in {variable}", no_wrap=True)
-    for quantity in QUANTITIES:
-        table.add_column(_HEADS[quantity], justify="right", no_wrap=True)
-    table.add_column("claimed:\ntrain, token", no_wrap=True)
+def scaling_table(record: dict[str, Any], variable: str) -> NumberTable:
+    """The exponents in "T" or "d" for a rich Console, beside what the paper claims."""
+    heads = [*(_HEADS[quantity] for quantity in QUANTITIES), "claimed:\ntrain, token"]
+    rows = []
     for row in scaling_from_json(record):
         fits = row.exponents(variable)
         claim = ROWS[row.row]
-        cells = [exponent_text(fits[quantity]) for quantity in QUANTITIES]
-        table.add_row(row.row, *cells, f"{claim.train}\n{claim.decode}")
-    return table
+        cells = [Text(exponent_text(fits[quantity])) for quantity in QUANTITIES]
+        rows.append((row.row, [*cells, Text(f"{claim.train}\n{claim.decode}")]))
+    return NumberTable(f"\nrow, in {variable}", heads, rows)
 
 
 def exponent_text(fit: Exponent | None) -> str:
@@ -64,12 +68,14 @@ def render_scaling(record: dict[str, Any]) -> str:
         ("decode seconds", "d", "Decoding: seconds a token against d"),
     ]
     drawings = {
-        title: curves(rows, quantity, variable, title, f"plot{index}")
+        title: curves(rows, quantity, variable, f"plot{index}")
         for index, (quantity, variable, title) in enumerate(plots)
     }
+    look = looks(row.row for row in rows)
     table = [
         {
             "row": row.row,
+            "colour": look[row.row].colour,
             "train": ROWS[row.row].train,
             "decode": ROWS[row.row].decode,
             "cells": [
@@ -81,7 +87,7 @@ def render_scaling(record: dict[str, Any]) -> str:
         for row in rows
     ]
     return render(
-        "scaling.html.jinja",
+        "scaling/report.html.jinja",
         drawings,
         rows=table,
         config=record["config"],
@@ -90,13 +96,16 @@ def render_scaling(record: dict[str, Any]) -> str:
     )
 
 
-def curves(rows: list[RowScaling], quantity: str, variable: str, title: str, name: str) -> str:
-    """One quantity of every row, both axes logarithmic."""
-    series = []
-    for index, row in enumerate(rows):
+def curves(rows: list[RowScaling], quantity: str, variable: str, name: str) -> str:
+    """One quantity of every row, both axes logarithmic, with guides of slope 1 and 2."""
+    series, look = [], looks(row.row for row in rows)
+    for row in rows:
         points = row.in_tokens if variable == "T" else row.in_width
         x = [p.tokens if variable == "T" else p.width for p in points]
-        series.append(Series(row.row, x, [p.value(quantity) for p in points], index))
+        if points:
+            series.append(Series(row.row, x, [p.value(quantity) for p in points], look[row.row]))
+    if not series:
+        return ""
 
     def style(axes: "Axes") -> None:
         from matplotlib.ticker import LogLocator
@@ -104,14 +113,18 @@ def curves(rows: list[RowScaling], quantity: str, variable: str, title: str, nam
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.margins(x=0.03, y=0.08)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1,) if "bytes" in quantity else (1, 3)))
-        label = byte_count if "bytes" in quantity else _seconds
-        axes.yaxis.set_major_formatter(lambda value, _: label(value))
+        if "bytes" in quantity:
+            count_bytes(axes.yaxis, (size for line in series for size in line.y))
+        else:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
+            axes.yaxis.set_major_formatter(lambda value, _: _seconds(value))
         ticks = sorted({x for line in series for x in line.x})
         axes.set_xticks(ticks, [count(tick) for tick in ticks])
-        axes.set_xlabel(variable)
+        for power, text in ((1, variable), (2, f"{variable}²")):
+            draw_slope(axes, series, power, text)
 
-    return draw(series, 440, 380, style, name, title)
+    counted = "tokens T" if variable == "T" else "width d"
+    return draw(series, 440, 380, style, name, (counted, _AXES[quantity]))
 
 
 def _seconds(value: float) -> str:

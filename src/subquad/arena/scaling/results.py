@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from subquad.arena.entrants import check_rows
-from subquad.errors import choose, fail
+from subquad.errors import fail, pick
 from subquad.mixers import MIXERS
 from subquad.table import ROWS
 from subquad.tasks.base import check_count, check_number
@@ -40,9 +40,8 @@ class ScalingConfig:
 
     def __post_init__(self) -> None:
         if self.rows is not None:
+            object.__setattr__(self, "rows", tuple(pick("rows", row, MIXERS) for row in self.rows))
             check_rows(self.rows)
-            for row in self.rows:
-                choose("rows", row, tuple(MIXERS))
         for name in ("tokens", "widths"):
             given = getattr(self, name)
             values = tuple(given) if isinstance(given, list | tuple) else (given,)

@@ -35,7 +35,7 @@ def run_scaling(
 ) -> dict[str, Any]:
     """Measure every row; returns what goes to JSON.
 
-    `on_event` is told what is being measured; `on_row` is given the record after every row, so
+    `on_event` is called with what is being measured, `on_row` with the record after every row, so
     that what is measured can be kept before all is.
     """
     rows = config.rows or tuple(name for name in ROWS if name in MIXERS)

@@ -7,11 +7,20 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from subquad.arena.drawing import byte_count, count
+from rich.text import Text
+
+from subquad.arena.columns import NumberTable
+from subquad.arena.drawing import byte_count, count, looks
 from subquad.arena.page import render
-from subquad.arena.task.plots import by_length, learning_curves
+from subquad.arena.task.example import example
+from subquad.arena.task.plots import (
+    by_length,
+    learning_against_time,
+    learning_curves,
+    quality_against_state,
+)
 from subquad.arena.task.results import Outcome, TaskArenaConfig, TaskArenaResults, TaskRowResult
-from subquad.arena.text.results import write_atomically, write_json
+from subquad.files import write_atomically, write_json
 from subquad.tasks import Task
 from subquad.tasks.scoring import CHUNK
 
@@ -25,32 +34,25 @@ def write_task_report(results: TaskArenaResults, folder: Path) -> Path:
     return page
 
 
-def task_table(results: TaskArenaResults, tests: int = 4) -> Any:
-    """The finished rows as a rich Table: the first tests, evenly chosen, as many as given."""
-    from rich.table import Table
-    from rich.text import Text
-
+def task_table(results: TaskArenaResults, tests: int = 4) -> NumberTable:
+    """The finished rows, for a rich Console; of the tests as many as given, evenly chosen."""
     task = results.config.build()
     names = list(task.tests())
     number = min(tests, len(names))
     shown = [round(i * (len(names) - 1) / max(1, number - 1)) for i in range(number)]
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
-    table.add_column("\nrow", overflow="fold")
-    for header in ("\nparams", "solved\nat step", "\nstate"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for index in shown:
-        head, _, tail = names[index].rpartition(" ")
-        table.add_column(f"{head}\n{tail}", justify="right", no_wrap=True)
+    heads = ["\nparams", "solved\nat step", "\nstate"]
+    heads += ["\n".join(names[index].rpartition(" ")[::2]) for index in shown]
+    rows = []
     for row in results.rows:
         values = [row.tests[index] for index in shown]
-        table.add_row(
-            row.label,
-            count(row.shape.parameters),
-            _solved(row),
-            byte_count(row.state_bytes).replace("iB", ""),
+        cells = [
+            Text(count(row.shape.parameters)),
+            Text(_solved(row)),
+            Text(byte_count(row.state_bytes).replace("iB", "")),
             *(Text(value_text(v), style="bold" if _is_solved(task, v) else "") for v in values),
-        )
-    return table
+        ]
+        rows.append((row.label, cells))
+    return NumberTable("\nrow", heads, rows)
 
 
 def value_text(outcome: Outcome) -> str:
@@ -77,11 +79,13 @@ def render_task_html(results: TaskArenaResults) -> str:
         "learning_narrow": learning_curves(results, 440, 380),
         "length_wide": by_length(results, 912, 380),
         "length_narrow": by_length(results, 440, 380),
+        "time": learning_against_time(results, 440, 340),
+        "state": quality_against_state(results, 440, 340),
     }
     environment = plan.environment
     versions = ("subquad", "torch", "transformers", "python")
     return render(
-        "task_report.html.jinja",
+        "task/report.html.jinja",
         drawings,
         task=task,
         metric=task.metric if task.metric == "NMSE" else task.metric.capitalize(),
@@ -95,7 +99,8 @@ def render_task_html(results: TaskArenaResults) -> str:
         chunk=CHUNK,
         findings=findings(results),
         tests=list(task.tests()),
-        rows=[_page_row(task, row) for row in results.rows],
+        rows=_page_rows(task, results),
+        example=example(task),
         settings=[(name, str(value)) for name, value in dataclasses.asdict(task).items()],
         details=[
             ("Machine", f"{environment['processor']}, {environment['platform']}"),
@@ -105,6 +110,11 @@ def render_task_html(results: TaskArenaResults) -> str:
         ],
         command=task_command_line(config),
     )
+
+
+def _page_rows(task: Task, results: TaskArenaResults) -> list[dict[str, Any]]:
+    look = looks(row.label for row in results.rows)
+    return [_page_row(task, row) | {"colour": look[row.label].colour} for row in results.rows]
 
 
 def _page_row(task: Task, row: TaskRowResult) -> dict[str, Any]:
@@ -136,8 +146,8 @@ def findings(results: TaskArenaResults) -> list[str]:
     if others:
         sentences.append(f"Not solved in {results.plan.recipe.steps:,} steps: {', '.join(others)}.")
     if cut:
-        told = (f"{label} (step {step:,})" for label, step in cut.items())
-        sentences.append(f"Cut off by the clock, not solved: {', '.join(told)}.")
+        steps = (f"{label} (step {step:,})" for label, step in cut.items())
+        sentences.append(f"Cut off by the clock, not solved: {', '.join(steps)}.")
     for row in results.rows:
         run = [test for test in row.tests if test.value is not None]
         if row.label not in solved or len({test.positions for test in run}) < 2:

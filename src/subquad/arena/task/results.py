@@ -7,7 +7,7 @@ from typing import Any
 
 from subquad import tasks
 from subquad.arena.entrants import Entrant, check_rows, labels, split_rows
-from subquad.arena.text.results import Shape
+from subquad.arena.records import Shape
 from subquad.errors import choose, fail
 from subquad.tasks import Recipe, Task
 from subquad.tasks.base import check_count, check_flag, check_number
@@ -153,6 +153,8 @@ class TaskRowResult:
     state_bytes: int  # of one sequence, all layers, after the training length
     failure: str = ""  # why the training ended early
     cut: bool = False  # the time was over before the steps were done
+    # Of training, at each of `values`; none in results written before this was recorded.
+    value_seconds: list[float] = field(default_factory=list)
 
     @property
     def row(self) -> str:
@@ -171,10 +173,14 @@ class TaskRowResult:
 
 @dataclass(frozen=True)
 class TaskArenaResults:
-    """The answer so far: finished rows, in the order asked for."""
+    """The answer so far: finished rows, in the order asked for.
+
+    stopped_by: the signal that ended the call, if one did; not kept in files.
+    """
 
     plan: TaskPlan
     rows: list[TaskRowResult]
+    stopped_by: int | None = field(default=None, compare=False)
 
     @property
     def config(self) -> TaskArenaConfig:

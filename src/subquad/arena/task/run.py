@@ -1,13 +1,15 @@
 """The arena on a task: plan, then train and test row after row, so that stopping loses little.
 
 DIR/plan.json            what was asked and settled
-DIR/ROW/result.json      all about the row, once it is finished
+DIR/ROW/result.json      all about the row, once it is finished; until then
+DIR/ROW/unfinished/      what its training continues from
 DIR/results.json         everything in one file
 DIR/report.html          everything on one page
 """
 
 import json
 import math
+import signal
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +20,8 @@ import torch
 
 from subquad.arena.entrants import Entrant
 from subquad.arena.equalise import count_shape, equal_shape, narrow_options
-from subquad.arena.folder import begun, describe_machine, refuse_changes
+from subquad.arena.folder import Stopped, describe_machine, is_begun, read_back, refuse_changes
+from subquad.arena.records import Shape
 from subquad.arena.task.results import (
     Outcome,
     TaskArenaConfig,
@@ -26,7 +29,7 @@ from subquad.arena.task.results import (
     TaskPlan,
     TaskRowResult,
 )
-from subquad.arena.text.results import Shape, write_json
+from subquad.files import remove, write_json
 from subquad.table import ROWS
 from subquad.tasks import Recipe, Task
 from subquad.tasks.model import TaskModel
@@ -45,13 +48,13 @@ def run_task_arena(
 ) -> TaskArenaResults:
     """Train and test every row of `config`; continue what an earlier call left in `out`.
 
-    Ctrl-C gives up the row in training or testing and returns what is finished; the same call goes
-    on with that row from its beginning.
+    Ctrl-C keeps the row in training and returns what is finished; the same call continues from
+    there, also after a kill, which costs a minute of training at most.
 
     Args:
         config: the question.
         out: a directory, made if need be; None writes nothing.
-        on_event: told {"kind": "plan" | "row" | "measure", ...} and, with a "row" added, every
+        on_event: called with {"kind": "plan" | "row" | "measure", ...} and, "row" added, with every
             record of `train_task`.
 
     Raises:
@@ -63,19 +66,22 @@ def run_task_arena(
         if out:
             write_json(out / "plan.json", asdict(plan))
     on_event({"kind": "plan", "plan": plan})
-    finished = []
+    finished, stopped_by = [], None
     for entrant in config.entrants():
         result = _read_row(out / entrant.folder) if out else None
+        kept = out / entrant.folder / "unfinished" if out else None
         if result is None:
             try:
-                result = _run_row(entrant, plan, on_event)
-            except KeyboardInterrupt:  # while testing; in training `train_task` itself stops
+                result = _run_row(entrant, plan, kept, on_event)
+            except KeyboardInterrupt as stopped:  # in training, `train_task` itself stops
+                stopped_by = getattr(stopped, "signal", signal.SIGINT)
                 break
-            if out:
+            if out and kept:
                 write_json(out / entrant.folder / "result.json", asdict(result))
+                remove(kept)
         finished.append(result)
         on_event({"kind": "row", "row": entrant.label, "result": result})
-    return TaskArenaResults(plan, finished)
+    return TaskArenaResults(plan, finished, stopped_by)
 
 
 def make_plan(config: TaskArenaConfig) -> TaskPlan:
@@ -111,14 +117,17 @@ def _shape(entrant: Entrant, recipe: Recipe, vocab_size: int) -> Shape:
     return count_shape(entrant.row, model, vocab_size)
 
 
-def _run_row(entrant: Entrant, plan: TaskPlan, on_event: Callable[[Record], None]) -> TaskRowResult:
-    """Train and test one row. KeyboardInterrupt if it was stopped on the way."""
+def _run_row(
+    entrant: Entrant, plan: TaskPlan, kept: Path | None, on_event: Callable[[Record], None]
+) -> TaskRowResult:
+    """Train and test one row. KeyboardInterrupt if it was stopped on the way, and is kept."""
     config, shape, task = plan.config, plan.shapes[entrant.label], plan.config.build()
     settings = train_config(config, plan.recipe, shape)
-    history: list[Record] = []
+    history: list[Record] = []  # of a training that breaks off, too
 
     def listen(record: Record) -> None:
-        history.append(record)
+        if record["kind"] != "message":
+            history.append(record)
         on_event({**record, "row": entrant.label})
 
     trained, failure = None, ""
@@ -129,12 +138,15 @@ def _run_row(entrant: Entrant, plan: TaskPlan, on_event: Callable[[Record], None
             sequences=config.test_sequences,
             until_solved=config.until_solved,
             seconds=config.seconds,
+            keep=kept,
             on_event=listen,
         )
     except TrainingError as error:  # one row that diverges is a result, too
         failure = str(error)
     if trained is not None and trained.interrupted:
-        raise KeyboardInterrupt
+        raise Stopped(trained.stopped_by)
+    if trained is not None:  # what was recorded before it was resumed included
+        history = trained.history
     losses = [r for r in history if r["kind"] == "train"]
     values = [r for r in history if r["kind"] == "test"]
     return TaskRowResult(
@@ -151,6 +163,7 @@ def _run_row(entrant: Entrant, plan: TaskPlan, on_event: Callable[[Record], None
         state_bytes=state_bytes(trained.model, task) if trained else 0,
         failure=failure,
         cut=trained is not None and trained.cut,
+        value_seconds=[r["seconds"] for r in values],
     )
 
 
@@ -234,10 +247,9 @@ def state_bytes(model: TaskModel, task: Task) -> int:
 
 
 def _read_plan(config: TaskArenaConfig, out: Path) -> TaskPlan | None:
-    record = begun(out)
-    if record is None:
+    if not is_begun(out):
         return None
-    plan = TaskPlan.from_json(record)
+    plan: TaskPlan = read_back(out / "plan.json", TaskPlan.from_json)
     then_asked, asked = _asked(plan.config, plan.recipe), _asked(config, config.recipe())
     finished = all((out / e.folder / "result.json").exists() for e in config.entrants())
     here = plan.environment if finished else describe_machine(config.device)
@@ -248,7 +260,7 @@ def _read_plan(config: TaskArenaConfig, out: Path) -> TaskPlan | None:
 def _asked(config: TaskArenaConfig, recipe: Recipe) -> Record:
     """The question as JSON has it, and what the recipe says of settings that were left to it.
 
-    The machine tells which device was meant: `auto` and `cuda` may be the same.
+    The machine shows which device was meant: `auto` and `cuda` may be the same.
     """
     left = {
         f"recipe's {n}": v for n, v in asdict(recipe).items() if getattr(config, n, None) is None
@@ -258,7 +270,5 @@ def _asked(config: TaskArenaConfig, recipe: Recipe) -> Record:
 
 
 def _read_row(folder: Path) -> TaskRowResult | None:
-    file = folder / "result.json"
-    if not file.exists():
-        return None
-    return TaskRowResult.from_json(json.loads(file.read_text(encoding="utf-8")))
+    result: TaskRowResult | None = read_back(folder / "result.json", TaskRowResult.from_json)
+    return result

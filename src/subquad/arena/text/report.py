@@ -5,19 +5,21 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from subquad.arena.drawing import byte_count, count
+from rich.text import Text
+
+from subquad.arena.columns import NumberTable
+from subquad.arena.drawing import byte_count, count, looks
 from subquad.arena.measure import DECODE_STEPS, DECODE_WARM_UP
 from subquad.arena.page import render
+from subquad.arena.records import DecodeTiming
 from subquad.arena.text import plots
 from subquad.arena.text.results import (
     ArenaConfig,
     ArenaResults,
-    DecodeTiming,
     RowResult,
     difference,
-    write_atomically,
-    write_json,
 )
+from subquad.files import write_atomically, write_json
 from subquad.table import ROWS
 
 _NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")
@@ -32,31 +34,24 @@ def write_report(results: ArenaResults, folder: Path) -> Path:
     return page
 
 
-def terminal_table(results: ArenaResults) -> Any:
-    """The finished rows as a rich Table that fits 80 columns at three contexts."""
-    from rich.table import Table
-    from rich.text import Text
-
+def terminal_table(results: ArenaResults) -> NumberTable:
+    """The finished rows, for a rich Console."""
     contexts = [count(context) for context in results.config.contexts]
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
-    table.add_column("\nrow", no_wrap=True)
-    for header in ("\nparams", "bits/\nbyte", "train\ntok/s"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for header in ("tok/s", "cache"):
-        for context in contexts:
-            table.add_column(f"{header}\n@{context}", justify="right", no_wrap=True)
+    heads = ["\nparams", "bits/\nbyte", "train\ntok/s"]
+    heads += [f"{what}\n@{context}" for what in ("tok/s", "cache") for context in contexts]
     best = min((result.bits_per_byte for result in results.rows), default=None)
+    rows = []
     for result in results.rows:
-        quality = f"{result.bits_per_byte:.3f}"
-        table.add_row(
-            result.name,
-            count(result.shape.parameters),
-            Text(quality, style="bold" if result.bits_per_byte == best else ""),
-            count(result.training.tokens_per_second),
-            *(f"{timing.tokens_per_second:,.0f}" for timing in result.decode),
-            *(byte_count(timing.cache_bytes).replace("iB", "") for timing in result.decode),
-        )
-    return table
+        is_best = result.bits_per_byte == best
+        cells = [
+            Text(count(result.shape.parameters)),
+            Text(f"{result.bits_per_byte:.3f}", style="bold" if is_best else ""),
+            Text(count(result.training.tokens_per_second)),
+            *(Text(f"{timing.tokens_per_second:,.0f}") for timing in result.decode),
+            *(Text(byte_count(t.cache_bytes).replace("iB", "")) for t in result.decode),
+        ]
+        rows.append((result.name, cells))
+    return NumberTable("\nrow", heads, rows)
 
 
 def render_html(results: ArenaResults) -> str:
@@ -66,13 +61,15 @@ def render_html(results: ArenaResults) -> str:
     drawings = {
         "loss_wide": plots.loss_curves(results, 912, 380),
         "loss_narrow": plots.loss_curves(results, 440, 380),
+        "time": plots.loss_against_time(results, 440, 340),
+        "state": plots.quality_against_state(results, 440, 340),
         "decode": plots.decode_times(results, 440, 320),
         "cache": plots.cache_sizes(results, 440, 320),
     }
     config, first = results.config, results.rows[0]
     number = len(results.rows)
     return render(
-        "report.html.jinja",
+        "text/report.html.jinja",
         drawings,
         title=f"{_NUMBERS[number] if number < len(_NUMBERS) else number} "
         f"sequence mixer{'s' if number != 1 else ''}, one budget",
@@ -93,6 +90,7 @@ def render_html(results: ArenaResults) -> str:
         decode_steps=DECODE_STEPS,
         details=_details(results),
         learning_rates=learning_rates(results),
+        one_rate=isinstance(config.lr, float),
         command=command_line(config, results.plan.steps),
     )
 
@@ -112,27 +110,32 @@ def command_line(config: ArenaConfig, steps: int) -> str:
 
 def learning_rates(results: ArenaResults) -> str:
     """Which each row was trained at, and where several were tried, how it did at each."""
-    rates = results.config.rates
-    if len(rates) == 1:
-        return f"{rates[0]} at its peak, for every row"
-    told = []
+    lr = results.config.lr
+    if lr is None:
+        own = ", ".join(f"{result.name} {result.lr}" for result in results.rows)
+        return f"{own}: each row's best of a sweep with a model of 1M parameters on this text"
+    if not isinstance(lr, tuple):
+        return f"{lr} at its peak, for every row"
+    found = []
     for result in results.rows:
         ends = ", ".join(
             f"{a.lr}: {'broke off' if a.bits_per_byte is None else f'{a.bits_per_byte:.3f}'}"
             for a in result.attempts
         )
-        told.append(f"{result.name} {result.lr} ({ends})")
+        found.append(f"{result.name} {result.lr} ({ends})")
     return (
         "each row's best of several, by bits per byte over the last tenth of its training: "
-        + "; ".join(told)
+        + "; ".join(found)
     )
 
 
 def _page_rows(results: ArenaResults) -> list[dict[str, Any]]:
     best = min(results.rows, key=lambda result: result.bits_per_byte)
+    look = looks(result.name for result in results.rows)
     return [
         {
             "row": result.name,
+            "colour": look[result.name].colour,
             "about": ROWS[result.row],
             "is_best": result is best,
             "bits_per_byte": f"{result.bits_per_byte:.3f}",

@@ -3,13 +3,12 @@
 Units, everywhere: bits per byte, seconds, tokens per second, bytes. Nothing here is rounded.
 """
 
-import json
-import os
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from subquad.arena.entrants import Entrant, check_rows, labels
+from subquad.arena.records import DecodeTiming, Shape
+from subquad.arena.text.rates import swept_rate
 
 DEFAULT_ROWS = ("softmax_attention", "mamba", "mamba2", "gla", "gated_deltanet")
 
@@ -24,7 +23,8 @@ class ArenaConfig:
     minutes:    wall-clock budget for everything, from which one number of steps for all rows is
                 derived; ignored where `steps` is given.
     lr:         peak learning rate of every row; of several, each row is trained at each, and shown
-                at the one that ends its training best.
+                at the one that ends its training best. None: each row's own, of a sweep at the
+                demo's size (rates.py).
     contexts:   context lengths, in tokens, at which decoding is timed and the cache weighed.
     """
 
@@ -35,7 +35,7 @@ class ArenaConfig:
     minutes: float = 6.0
     seq_len: int = 256
     batch_size: int = 4
-    lr: float | tuple[float, ...] = 2e-3  # of 1, 2, 3 and 6e-3 no row is far from its best here
+    lr: float | tuple[float, ...] | None = None
     seed: int = 0
     contexts: tuple[int, ...] = (128, 2048, 16384)
     heldout_tokens: int = 65_536
@@ -53,10 +53,11 @@ class ArenaConfig:
         check_rows(self.rows)
         for name in ("parameters", "seq_len", "batch_size", "minutes"):
             _require_positive(name, getattr(self, name))
-        if not self.rates:
+        if self.lr == ():
             raise ValueError("lr must be a positive number or several, got none")
-        for rate in self.rates:
-            _require_positive("lr", rate)
+        for rate in self.lr if isinstance(self.lr, tuple) else (self.lr,):
+            if rate is not None:
+                _require_positive("lr", rate)
         if self.steps is not None:
             _require_positive("steps", self.steps)
         if not self.contexts or self.contexts[0] < 1:
@@ -64,10 +65,10 @@ class ArenaConfig:
         if not self.prompt:
             raise ValueError("prompt must not be empty: every row continues the same text")
 
-    @property
-    def rates(self) -> tuple[float, ...]:
-        """The learning rates, from the smallest."""
-        return self.lr if isinstance(self.lr, tuple) else (self.lr,)
+    def rates(self, row: str) -> tuple[float, ...]:
+        """The learning rates of a row of the table, from the smallest."""
+        lr = swept_rate(row) if self.lr is None else self.lr
+        return lr if isinstance(lr, tuple) else (lr,)
 
     def entrants(self) -> list[Entrant]:
         """The rows, read."""
@@ -77,41 +78,6 @@ class ArenaConfig:
 def _require_positive(name: str, value: float) -> None:
     if not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One row's model at the common size; `model` holds the keyword arguments of SubquadConfig."""
-
-    row: str
-    parameters: int
-    embedding_parameters: int
-    model: dict[str, Any]
-
-    @property
-    def description(self) -> str:
-        """The model in one line, such as `4 layers of 144, MLP 368, num_heads 2`."""
-        parts = [f"{self.model['num_hidden_layers']} layers of {self.model['hidden_size']}"]
-        if "intermediate_size" in self.model:
-            parts.append(f"MLP {self.model['intermediate_size']}")
-        options = self.model.get("mixer_options", {}).get(self.row, {})
-        return ", ".join([*parts, *(f"{name} {value}" for name, value in options.items())])
-
-
-@dataclass(frozen=True)
-class DecodeTiming:
-    """Decoding one sequence (batch 1) with `context` tokens already in the cache."""
-
-    context: int
-    seconds_per_token: float  # median
-    low: float  # quartiles of the same steps
-    high: float
-    prefill_seconds: float  # for all `context` tokens, from an empty cache
-    cache_bytes: int
-
-    @property
-    def tokens_per_second(self) -> float:
-        return 1.0 / self.seconds_per_token
 
 
 @dataclass(frozen=True)
@@ -161,7 +127,7 @@ class RowResult:
 
     @property
     def name(self) -> str:
-        """What tells this entrant from the others: `gla`, or `gla:num_heads=4`."""
+        """What distinguishes this entrant from the others: `gla`, or `gla:num_heads=4`."""
         return self.label or self.row
 
     @property
@@ -203,18 +169,23 @@ def difference(row: RowResult, best: RowResult) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is settled before any row is trained, so that a stopped run can go on with the same."""
+    """What is settled before any row is trained, so that a stopped run can continue with the same.
+
+    rates: the learning rates of each row, by label.
+    """
 
     config: ArenaConfig
     environment: dict[str, Any]  # versions, machine, threads, date
     steps: int
     shapes: dict[str, Shape]
     decode: dict[str, list[DecodeTiming]]
+    rates: dict[str, list[float]]
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> "Plan":
+        config = ArenaConfig(**record["config"])
         return cls(
-            config=ArenaConfig(**record["config"]),
+            config=config,
             environment=record["environment"],
             steps=record["steps"],
             shapes={row: Shape(**shape) for row, shape in record["shapes"].items()},
@@ -222,19 +193,28 @@ class Plan:
                 row: [DecodeTiming(**timing) for timing in timings]
                 for row, timings in record["decode"].items()
             },
+            # Plans written before rows had rates of their own have those of the config.
+            rates=record.get("rates") or settled_rates(config),
         )
+
+
+def settled_rates(config: ArenaConfig) -> dict[str, list[float]]:
+    """The learning rates of each row, by label."""
+    return {entrant.label: list(config.rates(entrant.row)) for entrant in config.entrants()}
 
 
 @dataclass(frozen=True)
 class ArenaResults:
     """The answer so far: finished rows, in the order asked for.
 
-    failures: why training broke off, by the row; the same call tries again.
+    failures:   why training broke off, by the row; the same call tries again.
+    stopped_by: the signal that ended the call, if one did; not kept in files.
     """
 
     plan: Plan
     rows: list[RowResult]
     failures: dict[str, str] = field(default_factory=dict)
+    stopped_by: int | None = field(default=None, compare=False)
 
     @property
     def config(self) -> ArenaConfig:
@@ -272,15 +252,3 @@ class ArenaResults:
     def from_json(cls, record: dict[str, Any]) -> "ArenaResults":
         rows = [RowResult.from_json(row) for row in record["rows"]]
         return cls(Plan.from_json(record["plan"]), rows, record.get("failures", {}))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write all of `text` to `path`, or leave what was there: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
-
-
-def write_json(path: Path, record: Any) -> None:
-    write_atomically(path, json.dumps(record, indent=1, allow_nan=False) + "\n")

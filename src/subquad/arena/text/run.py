@@ -10,8 +10,8 @@ What lies where:
     DIR/report.html      everything on one page
 """
 
-import json
 import math
+import signal
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,18 +22,19 @@ from typing import Any
 import torch
 
 from subquad.arena.equalise import equal_shape
-from subquad.arena.folder import begun, describe_machine, refuse_changes
+from subquad.arena.folder import Stopped, describe_machine, is_begun, read_back, refuse_changes
 from subquad.arena.measure import decode_timings, heldout_windows
+from subquad.arena.records import Shape
 from subquad.arena.text.results import (
     ArenaConfig,
     ArenaResults,
     Attempt,
     Plan,
     RowResult,
-    Shape,
     Training,
-    write_json,
+    settled_rates,
 )
+from subquad.files import write_json
 from subquad.generate import stream
 from subquad.train import Corpus, TrainConfig, TrainingError, TrainResult, load_corpus, train
 
@@ -51,12 +52,12 @@ def run_arena(
     """Train and measure every row of `config`; continue what an earlier call left in `out`.
 
     Ctrl-C saves a checkpoint of the row in training and returns what is finished; the same call
-    goes on from there. Rows already finished are read back, not trained again.
+    continues from there. Rows already finished are read back, not trained again.
 
     Args:
         config: the question.
         out: a directory, made if need be.
-        on_event: told {"kind": "measure" | "plan" | "row", ...} and, with a "row" added, every
+        on_event: called with {"kind": "measure" | "plan" | "row", ...} and, "row" added, with every
             record of `subquad.train`.
 
     Raises:
@@ -70,14 +71,15 @@ def run_arena(
         plan = _make_plan(config, corpus, began, on_event)
         write_json(out / "plan.json", asdict(plan))
     on_event({"kind": "plan", "plan": plan})
-    finished, failures = [], {}
+    finished, failures, stopped_by = [], {}, None
     for entrant in config.entrants():
         folder = out / entrant.folder
         result = _read_row(folder)
         if result is None:
             try:
                 result = _run_row(entrant.label, plan, corpus, folder, on_event)
-            except KeyboardInterrupt:  # between training steps `train` itself stops and saves
+            except KeyboardInterrupt as stopped:  # in training, `train` itself stops and saves
+                stopped_by = getattr(stopped, "signal", signal.SIGINT)
                 break
             except TrainingError as error:  # the others have done nothing wrong
                 failures[entrant.label] = str(error)
@@ -86,7 +88,7 @@ def run_arena(
                 continue
         finished.append(result)
         on_event({"kind": "row", "row": entrant.label, "result": result})
-    return ArenaResults(plan, finished, failures)
+    return ArenaResults(plan, finished, failures, stopped_by)
 
 
 def _make_plan(
@@ -101,18 +103,19 @@ def _make_plan(
         for entrant in config.entrants()
     }
     text = torch.from_numpy(corpus.heldout.ids[: max(config.contexts)].astype("int64"))
+    rates = settled_rates(config)
     decode, step_seconds, other_seconds = {}, 0.0, 0.0
     for row, shape in shapes.items():
         on_event({"kind": "measure", "row": row, "what": "training"})
-        settings = _train_config(config, shape, _CALIBRATION_STEPS, config.rates[0])
+        settings = _train_config(config, shape, _CALIBRATION_STEPS, rates[row][0])
         trained = train(settings, corpus=corpus)
         if trained.interrupted:
-            raise KeyboardInterrupt
+            raise Stopped(trained.stopped_by)
         seconds = median(_step_seconds(trained)[_CALIBRATION_WARM_UP:])
         # Timing the steps of a model does not need its final weights: they do not change the work.
         on_event({"kind": "measure", "row": row, "what": "decoding"})
         decode[row] = decode_timings(trained.model, text, config.contexts)
-        step_seconds += seconds * len(config.rates)
+        step_seconds += seconds * len(rates[row])
         # Scoring a token takes a third of training on it; a sample goes token by token.
         scoring = config.heldout_tokens / (config.batch_size * config.seq_len) * seconds / 3
         other_seconds += scoring + config.sample_tokens * decode[row][0].seconds_per_token
@@ -120,7 +123,7 @@ def _make_plan(
     if steps is None:
         left = config.minutes * 60 - (perf_counter() - began) - other_seconds
         steps = max(_LEAST_STEPS, int(left / step_seconds))
-    return Plan(config, describe_machine(config.device), steps, shapes, decode)
+    return Plan(config, describe_machine(config.device), steps, shapes, decode, rates)
 
 
 def _run_row(
@@ -153,7 +156,7 @@ def _train_row(
     row: str, plan: Plan, corpus: Corpus, folder: Path, on_event: Callable[[Record], None]
 ) -> tuple[TrainResult, list[Attempt]]:
     """The row at its best learning rate, and how it did at each where there are several."""
-    rates, attempts = plan.config.rates, []
+    rates, attempts = plan.rates[row], []
     best, least = None, math.inf
     for lr in rates:
         own = folder if len(rates) == 1 else folder / f"lr={lr}"
@@ -173,7 +176,7 @@ def _train_row(
             attempts.append(Attempt(lr, None))
             continue
         if trained.interrupted:
-            raise KeyboardInterrupt
+            raise Stopped(trained.stopped_by)
         end = _end(trained)
         attempts.append(Attempt(lr, end))
         if best is None or end < least:
@@ -214,10 +217,9 @@ def _step_seconds(trained: TrainResult) -> list[float]:
 
 def _read_plan(config: ArenaConfig, out: Path) -> Plan | None:
     """The plan of an earlier call in `out`, or None; ValueError if it was another arena's."""
-    record = begun(out)
-    if record is None:
+    if not is_begun(out):
         return None
-    plan = Plan.from_json(record)
+    plan: Plan = read_back(out / "plan.json", Plan.from_json)
     unfinished = not all((out / e.folder / "result.json").exists() for e in config.entrants())
     here = describe_machine(config.device) if unfinished else plan.environment
     refuse_changes(out, asdict(plan.config), asdict(config), plan.environment, here)
@@ -225,7 +227,5 @@ def _read_plan(config: ArenaConfig, out: Path) -> Plan | None:
 
 
 def _read_row(folder: Path) -> RowResult | None:
-    file = folder / "result.json"
-    if not file.exists():
-        return None
-    return RowResult.from_json(json.loads(file.read_text(encoding="utf-8")))
+    result: RowResult | None = read_back(folder / "result.json", RowResult.from_json)
+    return result

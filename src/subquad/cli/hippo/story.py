@@ -1,4 +1,4 @@
-"""What `subquad hippo` tells: a signal, and what a memory still knew of it at some times."""
+"""What `subquad hippo` shows: a signal, and what a memory still held of it at some times."""
 
 from __future__ import annotations
 

@@ -1,17 +1,13 @@
-"""Training on a synthetic task: streamed batches, regular tests, and a stop once it is solved."""
+"""The moving parts of one training on a task, and how a step, a look and a test move them."""
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from subquad.models.device import pick_device
-from subquad.tasks import Batch, Task
+from subquad.tasks import Task
 from subquad.tasks.model import TaskModel
 from subquad.tasks.scoring import Score, score
 from subquad.train.build import autocast_dtype
@@ -19,7 +15,6 @@ from subquad.train.captured import Captured
 from subquad.train.config import TrainConfig
 from subquad.train.optimizer import learning_rate, make_optimizer
 from subquad.train.session import Record, TrainingError
-from subquad.train.signals import stop_on_signals
 
 # Steps between looks at the loss: each look waits for a GPU, and is a record of the history.
 _LEAST, _MOST, _LOOKS = 10, 100, 200
@@ -27,92 +22,27 @@ _LEAST, _MOST, _LOOKS = 10, 100, 200
 Question = tuple[Tensor, Tensor, Tensor]  # inputs, places of the answers, what is due there
 
 
-@dataclass
-class TaskResult:
-    """What `train_task` hands back.
-
-    history: records of kind "train" (step, loss, lr, grad_norm, seconds; losses are means over the
-        steps since the record before) and "test" (step, value, accuracy, whole, loss).
-    solved: the step of the first test that counts as solved, None if none does.
-    interrupted: by a signal.
-    cut: the time was over before the steps were done.
-    """
-
-    model: TaskModel
-    history: list[Record]
-    step: int
-    seconds: float
-    solved: int | None
-    interrupted: bool
-    cut: bool = False
-
-
-def train_task(
-    task: Task,
-    config: TrainConfig,
-    *,
-    sequences: int = 256,
-    until_solved: bool = True,
-    seconds: float | None = None,
-    on_event: Callable[[Record], None] = lambda record: None,
-) -> TaskResult:
-    """Train a row on a task; the same arguments on the same machine end in the same weights,
-    unless the clock ends it.
-
-    On a GPU steps are replayed from a captured graph where all batches are of one shape.
-
-    Args:
-        task: draws training batches from `config.seed` and tests from its test split.
-        config: the model, the optimiser, steps, batch_size, device, precision, and `eval_every`,
-            the steps between tests. What it says of text (data, seq_len), of checkpoints and
-            of `accumulate` is not used.
-        sequences: in each test.
-        until_solved: stop at the first test that counts as solved.
-        seconds: of wall clock, after which training ends with a last test. The learning rate then
-            falls by the clock wherever that is further on than the steps.
-        on_event: called with every record of the history.
-
-    Raises:
-        ValueError: a model that does not fit.
-        TrainingError: the loss or the gradient is not finite.
-    """
-    clock = _Clock(seconds)
-    device = pick_device(config.device)
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
-        torch.manual_seed(config.seed)
-        # A caller's autocast has copies of weights that would outlive the step that changes them.
-        stack.enter_context(torch.autocast(device.type, enabled=False, cache_enabled=False))
-        run = _Run(task, config, device, clock, on_event)
-        stack.callback(run.release)
-        stop = stack.enter_context(stop_on_signals())
-        stream = task.stream(config.batch_size, seed=config.seed)
-        questions = stack.enter_context(_Ahead(stream, pin=device.type == "cuda"))
-        while run.step < config.steps and not stop:
-            run.train_step(next(questions))
-            late = clock.part >= 1
-            if run.step % config.eval_every == 0 or run.step == config.steps or late:
-                run.test(sequences)
-            if late or (until_solved and run.solved is not None):
-                break
-    solved = until_solved and run.solved is not None
-    cut = not solved and run.step < config.steps and clock.part >= 1
-    ended = run.step == config.steps or solved or cut
-    return TaskResult(run.model, run.history, run.step, run.seconds, run.solved, not ended, cut)
-
-
-class _Clock:
+class Clock:
     """How much of the time is over; none ever where no end is set."""
 
     def __init__(self, seconds: float | None) -> None:
         self.began, self.seconds = time.monotonic(), seconds or math.inf
 
     @property
+    def passed(self) -> float:
+        """Seconds; of a resumed training, those of before included."""
+        return time.monotonic() - self.began
+
+    @passed.setter
+    def passed(self, seconds: float) -> None:
+        self.began = time.monotonic() - seconds
+
+    @property
     def part(self) -> float:
-        return (time.monotonic() - self.began) / self.seconds
+        return self.passed / self.seconds
 
 
-class _Run:
+class TaskRun:
     """The moving parts, and how a step and a test move them."""
 
     def __init__(
@@ -120,7 +50,7 @@ class _Run:
         task: Task,
         config: TrainConfig,
         device: torch.device,
-        clock: _Clock,
+        clock: Clock,
         on_event: Callable[[Record], None],
     ) -> None:
         self.task, self.config, self.device, self.on_event = task, config, device, on_event
@@ -130,6 +60,7 @@ class _Run:
         self.dtype = autocast_dtype(config, device)
         self.step, self.seconds, self.lr = 0, 0.0, config.lr
         self.solved: int | None = None
+        self.late = False  # the time was over at the last step
         self.history: list[Record] = []
         # Of losses and gradient norms since the last look, and the step of that.
         self.sums, self.looked = torch.zeros(2, dtype=torch.float64, device=device), 0
@@ -139,6 +70,14 @@ class _Run:
                 lr = torch.tensor(config.lr, device=device)  # which a graph reads
                 group.update(lr=lr, capturable=True, fused=True)
             self.update = Captured(self._update, device)
+
+    def is_over(self, until_solved: bool) -> bool:
+        """Whether no step is left: taken, not needed any more, or out of time."""
+        solved = until_solved and self.solved is not None
+        return self.step == self.config.steps or solved or self.late
+
+    def say(self, text: str) -> None:
+        self.on_event({"kind": "message", "step": self.step, "text": text})
 
     def train_step(self, question: Question) -> None:
         began = time.perf_counter()
@@ -214,31 +153,3 @@ class _Run:
         record = {"kind": kind, "step": self.step, "seconds": round(self.seconds, 3), **values}
         self.history.append(record)
         self.on_event(record)
-
-
-class _Ahead:
-    """Draws the next batch in a thread while the model is busy with this one."""
-
-    def __init__(self, batches: Iterator[Batch], pin: bool) -> None:
-        self.batches, self.pin = batches, pin
-        self.thread = ThreadPoolExecutor(1)
-
-    def __enter__(self) -> "_Ahead":
-        self.coming = self.thread.submit(self._draw)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.thread.shutdown(cancel_futures=True)
-
-    def __next__(self) -> Question:
-        question = self.coming.result()
-        self.coming = self.thread.submit(self._draw)
-        return question
-
-    def _draw(self) -> Question:
-        """Here it is known how many answers there are, for which a GPU would have to be asked."""
-        batch = next(self.batches)
-        where, due = batch.answers()
-        if self.pin:
-            return batch.inputs.pin_memory(), where.pin_memory(), due.pin_memory()
-        return batch.inputs, where, due

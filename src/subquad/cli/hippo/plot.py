@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from subquad.cli.hippo_story import Story
+from subquad.cli.hippo.story import Story
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

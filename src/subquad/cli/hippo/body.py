@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from subquad.cli.hippo_story import Recall, Story
+from subquad.cli.hippo.story import Recall, Story
+from subquad.cli.terminal import say, screen, show_path
 from subquad.errors import fail
 from subquad.ssm import signals
 from subquad.ssm.hippo import HiPPO
@@ -28,10 +29,12 @@ def hippo_command(
     column: str | None,
     out: Path,
 ) -> None:
-    """Remember, tell, draw."""
+    """Remember, show, draw."""
     if signal in signals.MADE:
         f = signals.make(signal, length)
     else:
+        if Path(signal).exists() and not Path(signal).is_file():  # a pipe or a device has no end
+            raise fail("signal", repr(signal), "a file of numbers", "save them to a file")
         f = signals.read(Path(signal), column)
     if out.suffix.lower() != ".png":
         raise fail("out", repr(str(out)), "a file ending in .png", "--out hippo.png")
@@ -39,17 +42,18 @@ def hippo_command(
         raise fail("size", size, "at least 1", "--size 64")
     if measure != "legs" and window is None:
         window = max(1, len(f) // 4)
-    story = tell(HiPPO(measure, size, window), f, method)
-    show(story, signal, Console())
+    story = read(HiPPO(measure, size, window), f, method)
+    console = screen()
+    show(story, signal, console)
 
-    from subquad.cli.hippo_plot import draw
+    from subquad.cli.hippo.plot import draw
 
     out.parent.mkdir(parents=True, exist_ok=True)
     draw(story, out)
-    Console().print(f"\n[bold]Drawing[/bold]  {out}", highlight=False, soft_wrap=True)
+    show_path(console, "Drawing", out)
 
 
-def tell(memory: HiPPO, f: Tensor, method: str) -> Story:
+def read(memory: HiPPO, f: Tensor, method: str) -> Story:
     """Read f once, and look back after each quarter of it."""
     T = len(f)
     quarters = sorted({max(1, T * k // 4) for k in (1, 2, 3, 4)})
@@ -69,16 +73,15 @@ def show(story: Story, name: str, console: Console) -> None:
     reach = "all of the past" if memory.window is None else f"window {memory.window:g}"
     if memory.measure == "decay":
         reach = f"time constant {memory.window:g}"
-    console.print(
-        f"[bold]{name}[/bold]: {len(story.f):,} samples, read one by one into {memory.N} numbers "
+    say(
+        console,
+        f"{name}: {len(story.f):,} samples, read one by one into {memory.N} numbers "
         f"({memory.measure}, {reach}, {story.method})\n",
-        highlight=False,
-        soft_wrap=True,
     )
     width = max(20, min(72, console.width - 14))
     low, high = last.truth.min().item(), last.truth.max().item()
     for label, line in (("was", last.truth), ("remembered", last.remembered)):
-        console.print(f"{label:>11} {sparkline(line, width, low, high)}", highlight=False)
+        console.print(f"{label:>11} {sparkline(line, width, low, high)}")
     console.print()
     table = Table(box=None, pad_edge=False, header_style="dim")
     for heading in ("after", "covers", "error", "oldest fifth", "newest fifth"):
@@ -89,7 +92,7 @@ def show(story: Story, name: str, console: Console) -> None:
             f"{recall.t:,}", f"{len(recall.samples):,}", *(f"{100 * e:.3g} %" for e in errors)
         )
     console.print(table)
-    console.print("\nerror: root mean square, of the signal's standard deviation", style="dim")
+    say(console, "\nerror: root mean square, of the signal's standard deviation", style="dim")
 
 
 def sparkline(values: Tensor, width: int, low: float, high: float) -> str:
